@@ -1,0 +1,245 @@
+"""Runtime: the plumbing that is no idea of its own: command line, process group, run folder, checkpoints, pictures.
+
+Sizes are global: n samples are dealt to the processes in contiguous shares, results are gathered in order, gradients are summed with one
+flat all-reduce; what a sample is depends on its number alone. One process needs no torchrun.
+A run folder holds config.json, metrics.jsonl, grids/, checkpoint-NNNNN/ and model/. Every write goes to a temporary name, is flushed to
+disk and renamed, so a kill leaves the old file or the new one; the same command again goes on from the newest checkpoint.
+"""
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line.
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind each flag, and the file's header as it stands."""
+
+
+def parse_args(cls, description, argv=None):
+    """A dataclass as a command line: each field's name, type and default, and its trailing comment as help. Bad flags exit with 2."""
+    source = inspect.getsource(cls)
+    comments = dict(re.findall(r"^ +(\w+) *:.*?# *(.+)$", source, re.M))
+    section, sections = None, {}
+    for line in source.splitlines():
+        if title := re.match(r" +# (.+)$", line):
+            section = title[1]
+        elif field := re.match(r" +(\w+) *:", line):
+            sections[field[1]] = section
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=Help)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(sections.values())}
+    for f in dataclasses.fields(cls):
+        kind = {"choices": get_args(f.type)} if get_origin(f.type) is Literal else {"type": f.type, "metavar": f.type.__name__}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        groups[sections[f.name]].add_argument("--" + f.name, default=f.default, help=comments[f.name], **kind)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def refuse(error):
+    """A user's mistake: one line on stderr (from the first process only), exit code 2."""
+    if rank() == 0:
+        print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes.
+
+def start(device="auto", minutes=30):
+    """Joins the process group if torchrun started us; -> the device of this process."""
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes))
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(n, of=None):
+    """The samples of 0 .. n - 1 that belong to this process (or to process `of`): contiguous, sizes differing by one at most."""
+    of = rank() if of is None else of
+    return range(n * of // world(), n * (of + 1) // world())
+
+
+def gather(mine, n):
+    """Every process's rows, in order of sample -> [n, ...] on every process; mine is [len(share(n)), ...]."""
+    if not dist.is_initialized():
+        return mine
+    sizes = [len(share(n, r)) for r in range(world())]
+    padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine), *mine.shape[1:])]).contiguous()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
+def all_sum(tensor):
+    """The sum of a tensor over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters):
+    """Adds up the gradients of all processes by one flat all-reduce; a parameter that got none here counts as 0."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if dist.is_initialized():
+        flat = all_sum(torch.cat([p.grad.flatten() for p in parameters]))
+        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(g.view_as(p))
+
+
+def all_max(number):
+    """The largest of a number over the processes."""
+    tensor = torch.tensor(number, dtype=torch.float64, device="cuda" if torch.cuda.is_available() and world() > 1 else "cpu")
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def peak_memory(device):
+    """GB: of the GPU if there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files.
+
+def write_atomic(path, write):
+    """write(temporary path), flush it to disk, rename it to path. For a file or a folder; only whole results are ever seen at path."""
+    path = Path(path)
+    temporary = path.with_name(".tmp-" + path.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    for file in [temporary] + (sorted(temporary.rglob("*")) if temporary.is_dir() else []):
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle), os.close(handle)
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+
+
+def open_run(out, config, free=()):
+    """Prepares the run folder, or checks that it belongs to this configuration. Raises ValueError naming the flags that differ."""
+    path = Path(out) / "config.json"
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+            differ = [f"--{k} {before.get(k)!r} there, {config.get(k)!r} here" for k in sorted({*before, *config} - {*free}) if before.get(k) != config.get(k)]
+        except (ValueError, AttributeError):
+            differ = ["config.json is unreadable"]
+        if differ:
+            raise ValueError(f"--out {out}: belongs to another configuration ({'; '.join(differ)}); choose another --out or the same flags")
+    elif Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"--out {out}: exists and is not a run of this program (no config.json); choose another --out")
+
+
+def save_checkpoint(out, step, weights, optimizer, lines, keep):
+    """checkpoint-NNNNN/: weights.safetensors, optimizer.pt, state.json (step, and how many lines of metrics.jsonl belong to it)."""
+    def write(folder):
+        folder.mkdir()
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / "weights.safetensors")
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "state.json").write_text(json.dumps({"step": step, "lines": lines}))
+    if rank() == 0:
+        write_atomic(Path(out) / f"checkpoint-{step:05d}", write)
+        for old in sorted(Path(out).glob("checkpoint-*"))[:-keep]:
+            shutil.rmtree(old)
+
+
+def save_model(folder, model):
+    if rank() == 0:
+        write_atomic(folder, model.save)
+
+
+def newest_checkpoint(out):
+    """-> (folder, its state) or (None, {"step": 0, "lines": 0})."""
+    found = sorted(Path(out).glob("checkpoint-*"))
+    return (found[-1], json.loads((found[-1] / "state.json").read_text())) if found else (None, {"step": 0, "lines": 0})
+
+
+def load_checkpoint(folder, weights, optimizer):
+    """Copies a checkpoint's tensors into `weights` (a dict of tensors, as it was saved) and its state into the optimizer."""
+    saved = load_file(folder / "weights.safetensors")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            tensor.copy_(saved[name])
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+
+
+@contextmanager
+def swapped(weights, others):
+    """Within the block the tensors of `weights` hold the values of `others` (both dicts of the same names); an empty `others` changes nothing."""
+    kept = {n: weights[n].detach().clone() for n in others}
+    try:
+        with torch.no_grad():
+            [weights[n].copy_(v) for n, v in others.items()]
+        yield
+    finally:
+        with torch.no_grad():
+            [weights[n].copy_(v) for n, v in kept.items()]
+
+
+class Log:
+    """config.json, and metrics.jsonl with one object a line; written by the first process only."""
+
+    def __init__(self, out, config, lines):
+        self.path, self.lines = Path(out) / "metrics.jsonl", 0
+        if rank() == 0:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            kept = self.path.read_text().splitlines(True)[:lines] if self.path.is_file() else []
+            write_atomic(self.path, lambda temporary: temporary.write_text("".join(kept)))
+            write_atomic(Path(out) / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
+            self.lines = len(kept)
+
+    def write(self, row):
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+            self.lines += 1
+
+
+def to_uint8(images):
+    """[..., 3, H, W] in [0, 1] -> uint8, rounded and clamped: the one way from floats to pixels."""
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(path, images, scale=2):
+    """images [rows, columns, 3, H, W] in [0, 1] -> a PNG, each pixel `scale` wide, a white line between pictures."""
+    pixels = np.pad(to_uint8(images).permute(0, 1, 3, 4, 2).cpu().numpy(), ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    rows, columns, H, W, _ = pixels.shape
+    sheet = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, 3).repeat(scale, 0).repeat(scale, 1)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda temporary: Image.fromarray(sheet).save(temporary, format="PNG"))

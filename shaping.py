@@ -1,0 +1,48 @@
+"""Shaping: how different a rollout is from its group, and how that is paid for step by step.
+
+DRIFT (arXiv 2601.12401) part (iii) is a "potential-based reward shaping" of intra-group diversity. Ours: the potential Phi of rollout i
+before step t is its distance to the group, measured on the clean picture x0_hat predicted there; each step pays
+    F_t = gamma Phi(s_{t+1}) - Phi(s_t)        (Ng, Harada & Russell 1999),
+and the advantage at step t is that of the return-to-go, so that the step which made a rollout different is the one that is paid.
+Summed up, F telescopes to gamma^T Phi(s_T) - Phi(s_0). Hence two modes: terminal="zero" sets Phi(s_T) = 0, the theorem's condition,
+and leaves the optimal policy as it was; "keep" pays for the diversity of the finished pictures, and so moves the optimum on purpose.
+Left out on purpose: kernels and clusters; a distance and its k nearest neighbours say it.
+"""
+import torch
+
+
+def group_diversity(features, metric="cosine", nearest=0):
+    """How far each rollout is from the others of its group: features [P, N, ...] -> [P, N].
+
+    metric "euclidean" or "cosine" (1 - cos: contrast alone cannot raise it); the mean over the group's other members, or over the
+    `nearest` ones if that is not 0 (a group of two far clusters then counts as little diverse).
+    """
+    x = features.flatten(2).float()
+    if metric == "cosine":
+        x = torch.nn.functional.normalize(x, dim=2)
+        distance = 1 - x @ x.transpose(1, 2)                             # [P, N, N]
+    elif metric == "euclidean":
+        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    else:
+        raise ValueError(f"metric {metric!r} is none of cosine, euclidean")
+    N = x.shape[1]
+    others = distance.masked_fill(torch.eye(N, dtype=torch.bool, device=x.device), float("inf"))
+    return others.sort(dim=2).values[:, :, :min(nearest, N - 1) or N - 1].mean(2)
+
+
+def shaped_returns(reward, potential, gamma=1.0, weight=1.0, terminal="keep"):
+    """Return-to-go of every step: reward [P, N] paid at the last of T steps, potential [T + 1, P, N] -> [T, P, N].
+
+    G_t = gamma^(T-1-t) reward + weight sum_{k >= t} gamma^(k-t) F_k,  F_k = gamma Phi_{k+1} - Phi_k
+    terminal "zero": Phi_T := 0 (the optimal policy does not change); "keep": as given (a terminal bonus gamma^T Phi_T remains).
+    """
+    if terminal not in ("keep", "zero"):
+        raise ValueError(f"terminal {terminal!r} is none of keep, zero")
+    T = len(potential) - 1
+    phi = torch.cat([potential[:-1], potential[-1:] * (terminal == "keep")])
+    pay = weight * (gamma * phi[1:] - phi[:-1])                          # [T, P, N]
+    pay[-1] = pay[-1] + reward
+    returns = [pay[-1]]
+    for t in range(T - 2, -1, -1):
+        returns.append(pay[t] + gamma * returns[-1])
+    return torch.stack(returns[::-1])
