@@ -69,12 +69,14 @@ class StableDiffusion3:
     """Stable Diffusion 3 (arXiv 2403.03206) with one CLIP text encoder and no VAE: a latent is the picture, scaled to [-1, 1]."""
 
     def __init__(self, folder, device, precision):
-        from diffusers import SD3Transformer2DModel                      # here, so that a bad flag is answered in a second
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+        import diffusers                                                 # here, so that a bad flag is answered in a second
+        import transformers
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
         self.folder, self.device, self.precision = folder, device, precision
-        self.network = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).to(device).eval()
-        self.text_encoder = CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32).to(device).eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        self.network = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).to(device).eval()
+        self.text_encoder = transformers.CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32).to(device).eval()
+        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
         self.path = Flow(json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"])
         self.shape = (self.network.config.in_channels, *[self.network.config.sample_size] * 2)
 

@@ -126,7 +126,7 @@ class Policy:
     def step(self, model, x_t, k, prompt, null=None):
         """The Gaussian of steps k [B] (integers) from x_t [B, ...] -> mean [B, ...], std [B, 1, ...], x0_hat [B, ...]."""
         times = self.times.to(x_t.device)
-        stochastic = (k >= self.window.start) & (k < self.window.stop)
+        stochastic = ((k >= self.window.start) & (k < self.window.stop)).double()
         x0_hat, eps_hat = predict(model, x_t, times[k].float(), prompt, self.guidance, null)
         mean, std = transition(x_t, x0_hat, eps_hat, self.path, times[k], times[k + 1], self.eta * stochastic, self.kernel)
         return mean, std, x0_hat.float()
@@ -197,6 +197,7 @@ def concentrated_subset(rewards, keep, rule="window", band=1.0):
              of the window brings it nearer the mean), so the N - keep + 1 windows hold the exact answer: O(N log N) with running sums
     median   the nearest to the group's median
     band     those within `band` standard deviations of the mean, in their order, then the nearest to that band
+    trim     all but the highest: only outliers at the top, those that pull a policy to one mode, are dropped
     all      everything (keep = N)
     spread   the keep-subset of largest variance (PODS, arXiv 2504.13818; Pro-GRPO): the opposite, to compare with
     The abstract of DRIFT fixes neither rule nor size; these are our readings. Raises ValueError for a bad rule or size.
@@ -223,8 +224,10 @@ def concentrated_subset(rewards, keep, rule="window", band=1.0):
         return order.indices.gather(1, ranks).sort(1).values
     if rule == "median":
         distance = (r - r.quantile(0.5, dim=1, keepdim=True)).abs()
+    elif rule == "trim":
+        distance = r
     elif rule == "band":
         distance = ((r - r.mean(1, keepdim=True)).abs() - band * r.std(1, keepdim=True)).clamp(min=0)
     else:
-        raise ValueError(f"rule {rule!r} is none of window, median, band, all, spread")
+        raise ValueError(f"rule {rule!r} is none of window, median, band, trim, all, spread")
     return distance.sort(dim=1, stable=True).indices[:, :keep].sort(1).values

@@ -12,6 +12,7 @@ arXiv 2505.05470; DRIFT, arXiv 2601.12401). Simplifications, on purpose:
 import dataclasses
 import json
 import math
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Args:
     eta: float = 0.8                                # its noise, 0 to 1
     guidance: float = 1.0                           # classifier-free guidance, in training and evaluation
     # DRIFT (i): concentrated subset
-    select: Literal["window", "median", "band", "all", "spread"] = "window"  # rule by which rollouts are kept for the update
+    select: Literal["window", "median", "band", "trim", "all", "spread"] = "window"  # rule by which rollouts are kept for the update
     keep: int = 12                                  # rollouts kept of each group
     # DRIFT (ii): prompt noise
     prompt_noise: float = 0.25                      # scale s of the noise on the prompt embedding; 0 switches it off
@@ -65,6 +66,7 @@ class Args:
     diversity_features: Literal["reward", "latents"] = "reward"  # where distances are measured: the reward network, or the latents
     metric: Literal["cosine", "euclidean"] = "cosine"  # distance of two rollouts
     nearest: int = 3                                # mean distance to this many nearest of the group; 0: to all
+    success: bool = True                            # the potential counts only for rollouts with at least their group's mean reward
     gamma: float = 1.0                              # discount of the shaping
     terminal: Literal["keep", "zero"] = "keep"      # potential of the finished picture: keep it (a bonus), or zero (optimum unchanged)
     # other protections, to compare with
@@ -96,46 +98,44 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------------------
 # Before anything is loaded: every flag and file is looked at. A ValueError here is the user's one line.
 
+LIMITS = {                                                               # the smallest and largest value of each number
+    **dict.fromkeys(("iterations", "prompts_per_step", "steps", "updates", "passes", "eval_every", "eval_images", "eval_steps",
+                     "save_every", "keep_checkpoints", "batch"), (1, math.inf)),
+    **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "guidance", "tau1", "tau2", "prompt_noise", "diversity", "kl"), (0, math.inf)),
+    **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "ema": (0, 0.9999),
+    "group_size": (2, math.inf), "keep": (2, math.inf)}
+
+
 def check(args):
     """Resolves defaults that depend on other flags and refuses what cannot run -> args, prompts, eval prompts."""
-    need = lambda ok, message: None if ok else (_ for _ in ()).throw(ValueError(message))
-    changed = [f"{f.name}={getattr(args, f.name)}" for f in dataclasses.fields(Args) if f.name not in ("out", "dry_run") and getattr(args, f.name) != f.default]
-    args = dataclasses.replace(args, out=args.out or "runs/" + (",".join(changed).replace("/", "_") or "default"))
-    if args.drift == "off":
-        args = dataclasses.replace(args, select="all", prompt_noise=0.0, diversity=0.0)
-    if args.select == "all":
-        args = dataclasses.replace(args, keep=args.group_size)
-    for name in ("iterations", "prompts_per_step", "steps", "updates", "passes", "eval_every", "eval_images", "eval_steps", "save_every", "keep_checkpoints", "batch"):
-        need(getattr(args, name) >= 1, f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("lr", "clip", "grad_clip", "eta", "psi", "gamma", "guidance", "tau1", "tau2", "prompt_noise", "diversity", "kl", "ema"):
-        need(math.isfinite(getattr(args, name)) and getattr(args, name) >= 0, f"--{name} {getattr(args, name)}: must be a finite number, not negative")
-    for name in ("seed", "eval_seed", "warmup", "nearest"):
-        need(getattr(args, name) >= 0, f"--{name} {getattr(args, name)}: must not be negative")
-    for name in ("lr", "clip", "grad_clip", "eta"):
-        need(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be above 0")
-    for name in ("eta", "psi", "gamma"):
-        need(getattr(args, name) <= 1, f"--{name} {getattr(args, name)}: must be at most 1")
-    need(args.group_size >= 2, f"--group_size {args.group_size}: a group needs at least 2 rollouts to compare")
-    need(2 <= args.keep <= args.group_size, f"--keep {args.keep}: must be from 2 to --group_size {args.group_size}")
+    def need(ok, message):
+        if not ok:
+            raise ValueError(message)
+    changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in ("out", "dry_run") and getattr(args, f.name) != f.default}
+    out = args.out or "runs/" + (",".join(f"{k}={v}" for k, v in changed.items()).replace("/", "_") or "default")
+    args = dataclasses.replace(args, out=out, **{"select": "all", "prompt_noise": 0.0, "diversity": 0.0} if args.drift == "off" else {})
+    args = dataclasses.replace(args, keep=args.group_size if args.select == "all" else args.keep)
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a number {f'from {low:g} to {high:g}' if high < math.inf else f'of at least {low:g}'}")
+    need(args.keep <= args.group_size, f"--keep {args.keep}: is more than --group_size {args.group_size}")
     need(args.nearest < args.group_size, f"--nearest {args.nearest}: must be below --group_size {args.group_size}")
     need(args.tau1 < args.tau2, f"--tau1 {args.tau1}: must be below --tau2 {args.tau2}")
-    need(args.ema < 1, f"--ema {args.ema}: must be below 1")
-    window = args.window.split(":")
-    need(len(window) == 2 and all(w.isdecimal() for w in window), f"--window {args.window}: write first:end, as in 0:4")
-    first, end = map(int, window)
-    need(first < end <= args.steps - 1, f"--window {args.window}: must hold a step and end by {args.steps - 1}: the last of --steps {args.steps} is noise-free")
+    need(re.fullmatch(r"\d+:\d+", args.window), f"--window {args.window}: write first:end, as in 0:4")
+    first, end = map(int, args.window.split(":"))
+    need(first < end < args.steps, f"--window {args.window}: must hold a step and end by {args.steps - 1}: the last of --steps {args.steps} is noise-free")
     pairs = args.prompts_per_step * args.keep * (end - first)
-    need(pairs % args.updates == 0, f"--updates {args.updates}: does not divide the {pairs} (rollout, step) pairs of an iteration ({args.prompts_per_step} x {args.keep} x {end - first})")
+    need(pairs % args.updates == 0, f"--updates {args.updates}: does not divide the {pairs} (rollout, step) pairs of an iteration")
+    need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     parse_reward(args.reward)
     folder = models.check(args.model)
+    for part in ("reward/config.json", "reward/model.safetensors", "evaluator/config.json", "evaluator/model.safetensors", "evaluator/real.npz"):
+        need((folder / part).is_file(), f"--model {args.model}: {part} is missing, and rewards and evaluation need it")
     args = dataclasses.replace(args, prompts=args.prompts or str(folder / "prompts.jsonl"), eval_prompts=args.eval_prompts or str(folder / "eval_prompts.jsonl"))
     prompts, judged = read_prompts(args.prompts), read_prompts(args.eval_prompts)
     check_labels(prompts, args.prompts), check_labels(judged, args.eval_prompts)
     need(args.eval_images % len(judged) == 0 and args.eval_images >= 2 * len(judged),
          f"--eval_images {args.eval_images}: must be a multiple of the {len(judged)} prompts of {args.eval_prompts}, two each at least")
-    for part in ("reward/model.safetensors", "evaluator/model.safetensors", "evaluator/real.npz"):
-        need((folder / part).is_file(), f"--model {args.model}: {part} is missing, and rewards and evaluation need it")
-    need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     runtime.open_run(args.out, config(args), free=("out",))
     return args, prompts, judged
 
@@ -190,6 +190,8 @@ def credit(args, rewards, potential, closest):
     if args.gardo:                                                       # arXiv 2512.24138: the positive side times d / mean d
         relative = closest / closest.mean(1, keepdim=True).clamp(min=1e-8)
         advantage = torch.where(advantage > 0, advantage * relative.gather(1, index), advantage)
+    if args.success:                                                     # DRIVE, the same group's later paper: only a success is paid
+        potential = potential * (rewards >= rewards.mean(1, keepdim=True))
     shaped = shaped_returns(torch.zeros_like(rewards), potential, args.gamma, 1.0, args.terminal)
     return index, advantage + args.diversity * group_advantage(shaped, index)               # each signal in units of its own std
 

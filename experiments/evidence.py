@@ -1,0 +1,100 @@
+"""The README's results: DRIFT, each of its parts alone, and other protections against plain GRPO, over seeds, on assets/tiny.
+
+    python experiments/evidence.py                      # runs what is missing (each run resumes), then prints the tables and draws
+    python experiments/evidence.py --report             # only the tables and the figure, from the runs that are there
+
+Two runs of one thread each at a time. Alignment is the held-out evaluator's log-probability, diversity its within-prompt Vendi score. The front
+of a run is, at each alignment a, the largest diversity its curve shows at alignment a or more (linear between evaluations).
+    gain at equal alignment    of the two fronts' means over ten alignments that both reach, seed by seed
+    gain at equal diversity    the same along the other axis, of alignment gained over the base model
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+OFF = {"select": "all", "prompt_noise": "0", "diversity": "0"}
+METHODS = {
+    "plain GRPO": {"drift": "off"},
+    "DRIFT (i) subset": OFF | {"select": "window"},
+    "DRIFT (ii) prompt noise": {k: v for k, v in OFF.items() if k != "prompt_noise"},
+    "DRIFT (iii) shaping": {k: v for k, v in OFF.items() if k != "diversity"},
+    "DRIFT, all": {},
+}
+
+
+def load(folder):
+    """A run's evaluations -> iterations, alignment, diversity, and all their metrics as arrays."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "eval/fid" in row]
+    return {name: np.array([row[name] for row in rows]) for name in ("iteration", *(k for k in rows[0] if k.startswith("eval/")))}
+
+
+def front(x, y, levels):
+    """The largest y that the curve (x, y) shows where x is at least each level; NaN where x never gets there."""
+    t = np.linspace(0, len(x) - 1, 50 * len(x))
+    fine_x, fine_y = np.interp(t, np.arange(len(x)), x), np.interp(t, np.arange(len(x)), y)
+    return np.array([fine_y[fine_x >= level].max() if (fine_x >= level).any() else np.nan for level in levels])
+
+
+def gain(method, plain, x="eval/log_prob", y="eval/vendi", relative_to=0.0):
+    """Mean relative gain in y at equal x, over ten levels of x from the base model's to the highest that both reach."""
+    start, end = plain[x][0], min(plain[x].max(), method[x].max())
+    if x == "eval/vendi":                                                # diversity falls: from the base model's down to the lowest both visit
+        start, end = max(plain[x].min(), method[x].min()), min(plain[x][0], method[x][0])
+    levels = np.linspace(start, end, 12)[1:-1] if x == "eval/vendi" else np.linspace(start, end, 11)[1:]
+    m, p = front(method[x], method[y], levels) - relative_to, front(plain[x], plain[y], levels) - relative_to
+    return float(np.mean(m) / np.mean(p) - 1), float(m[-1] / p[-1] - 1)
+
+
+def run(job):
+    folder, flags, threads = job
+    if (folder / "model").is_dir() and (folder / "metrics.jsonl").is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "train.py", "--out", str(folder)] + [word for k, v in flags.items() for word in (f"--{k}", str(v)) if word != ""]
+    with open(f"{folder}.log", "w") as log:
+        if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode:
+            raise SystemExit(f"failed: {' '.join(command)}; see {folder}.log")
+    print("done:", folder, flush=True)
+
+
+def table(out, methods, seeds):
+    runs = {name: [load(out / f"{name}-{seed}") for seed in seeds if (out / f"{name}-{seed}/model").is_dir()] for name in methods}
+    spread = lambda values, scale=1: f"{scale * np.mean(values):+.1f} +- {scale * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0:.1f}"
+    plain = runs.get("plain GRPO")
+    print("| run | seeds | accuracy | log-prob | Vendi | distance | FID | diversity at equal alignment, % | at the highest, % | alignment at equal diversity, % |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name, curves in runs.items():
+        if not curves:
+            continue
+        end = [f"{np.mean([c['eval/' + k][-1] for c in curves]):.3f}" for k in ("accuracy", "log_prob", "vendi", "distance", "fid")]
+        pairs = list(zip(curves, plain))
+        equal = [gain(c, p) for c, p in pairs]
+        back = [gain(c, p, "eval/vendi", "eval/log_prob", c["eval/log_prob"][0])[0] for c, p in pairs]
+        print(f"| {name} | {len(curves)} | {' | '.join(end)} | {spread([e[0] for e in equal], 100)} | {spread([e[1] for e in equal], 100)} | {spread(back, 100)} |")
+    return runs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", default="runs/evidence", help="folder for the runs")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of each method, from 0")
+    parser.add_argument("--report", action="store_true", help="only print and draw what is there")
+    args = parser.parse_args()
+    out, seeds = ROOT / args.out, range(args.seeds)
+    if not args.report:
+        jobs = [(out / f"{name}-{seed}", flags | {"seed": seed}, 1) for seed in seeds for name, flags in METHODS.items()]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(run, jobs))
+    table(out, METHODS, seeds)
+
+
+if __name__ == "__main__":
+    main()
