@@ -6,6 +6,7 @@ of CADS (arXiv 2310.17347, eq. 3 to 6), one noise a rollout. With u in [0, 1] th
     then y' is rescaled to the mean and std of y, and mixed: psi rescaled + (1 - psi) y'
 Left out on purpose: rewriting the prompt's words.
 """
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ class Prompt:
 def read_prompts(path):
     """Reads a .txt (UTF-8, one prompt a line) or .jsonl (objects with "prompt"; other keys are metadata) -> list of Prompt.
 
-    Raises ValueError naming file and line for anything else: a blank line, a non-object, a missing or non-string prompt, bad UTF-8.
+    Raises ValueError naming file and line for anything else: a blank line, a non-object, a missing or
+    non-string prompt; bad UTF-8 by its byte.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
@@ -35,7 +37,8 @@ def read_prompts(path):
         raise ValueError(f"{path}: {error.strerror or error}; give an existing prompt file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    prompts = [_read_line(f"{path}:{n}", line, path.suffix) for n, line in enumerate(text.splitlines(), 1)]
+    lines = io.StringIO(text, newline=None).read().removesuffix("\n").split("\n") if text else []    # not splitlines: U+2028 ends no line
+    prompts = [_read_line(f"{path}:{n}", line, path.suffix) for n, line in enumerate(lines, 1)]
     if not prompts:
         raise ValueError(f"{path}: no prompts in it; write one a line")
     return prompts

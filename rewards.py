@@ -62,11 +62,11 @@ def parse(spec):
     """'class:1,ink:0.2' -> {'class': 1.0, 'ink': 0.2}. Raises ValueError for an unknown or repeated name or a weight that is no number."""
     weights = {}
     for term in spec.split(","):
-        name, _, weight = term.strip().partition(":")
+        name, colon, weight = term.strip().partition(":")
         if name not in NAMES or name in weights:
             raise ValueError(f"--reward {spec}: {name!r} is {'named twice' if name in weights else 'none of ' + ', '.join(NAMES)}")
         try:
-            weights[name] = float(weight or 1)
+            weights[name] = float(weight if colon else 1)
         except ValueError:
             raise ValueError(f"--reward {spec}: {weight!r} is not a number; write {name}:1") from None
         if not abs(weights[name]) < float("inf") or weights[name] == 0:

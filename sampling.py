@@ -41,6 +41,8 @@ def VP(alphas_cumprod, final=1.0, offset=1):
     abar = lambda t: table.to(t.device)[t.round().long()]                # index -1 is `final`
     def times(steps):
         spacing = (len(table) - 1) // steps
+        if spacing * (steps - 1) + offset > len(table) - 2 or spacing == 0:
+            raise ValueError(f"{steps} steps do not fit a schedule of {len(table) - 1} that starts at {offset}")
         t = torch.arange(steps - 1, -1, -1, dtype=torch.float64) * spacing + offset
         return torch.cat([t, torch.tensor([-1.0], dtype=torch.float64)])
     return Path(lambda t: abar(t).sqrt(), lambda t: (1 - abar(t)).sqrt(), times)
@@ -133,7 +135,8 @@ class Policy:
 
     def fraction(self, k):
         """u in (0, 1], the fraction of the steps still to go before step k: 1 at the start."""
-        return 1 - k / (len(self.times) - 1)
+        steps = len(self.times) - 1
+        return (steps - k) / steps                                       # not 1 - k / steps, which rounds to above tau1 now and then
 
 
 @dataclass
@@ -194,7 +197,7 @@ def concentrated_subset(rewards, keep, rule="window", band=1.0):
     """Which `keep` of each group's N rollouts to train on: rewards [P, N] -> index [P, keep], ascending.
 
     window   the keep-subset of least variance. It is always a contiguous window of the sorted rewards (moving a member into a gap
-             of the window brings it nearer the mean), so the N - keep + 1 windows hold the exact answer: O(N log N) with running sums
+             of the window brings it nearer the mean), so one look at the N - keep + 1 windows finds it exactly
     median   the nearest to the group's median
     band     those within `band` standard deviations of the mean, in their order, then the nearest to that band
     trim     all but the highest: only outliers at the top, those that pull a policy to one mode, are dropped
@@ -208,20 +211,16 @@ def concentrated_subset(rewards, keep, rule="window", band=1.0):
     r = rewards.double()
     if rule == "all":
         return torch.arange(N, device=r.device).expand(P, N)
-    if rule in ("window", "spread"):
-        order = (r - r.mean(1, keepdim=True)).sort(dim=1, stable=True)   # centred: the running sums do not cancel
-        total = lambda x: torch.cat([x.new_zeros(P, 1), x.cumsum(1)], 1)                     # [P, N + 1] running sums
-        s1, s2 = total(order.values), total(order.values**2)
-        if rule == "window":
-            first = (s2[:, keep:] - s2[:, :-keep] - (s1[:, keep:] - s1[:, :-keep]) ** 2 / keep).argmin(1)
-            ranks = first[:, None] + torch.arange(keep, device=r.device)
-        else:                                                            # the lowest i and the highest keep - i, for every i
-            low, high = torch.arange(keep + 1, device=r.device), torch.arange(N - keep, N + 1, device=r.device)
-            mean = (s1[:, low] + s1[:, -1:] - s1[:, high]) / keep
-            i = ((s2[:, low] + s2[:, -1:] - s2[:, high]) / keep - mean**2).argmax(1)
-            slots = torch.arange(keep, device=r.device)
-            ranks = slots + (slots >= i[:, None]) * (N - keep)
-        return order.indices.gather(1, ranks).sort(1).values
+    ordered = r.sort(dim=1, stable=True)
+    if rule == "window":
+        windows = ordered.values.unfold(1, keep, 1)                      # [P, N - keep + 1, keep]
+        first = windows.var(2, correction=0).argmin(1)
+        return ordered.indices.gather(1, first[:, None] + torch.arange(keep, device=r.device)).sort(1).values
+    if rule == "spread":                                                 # the lowest i and the highest keep - i, for every i
+        slots = torch.arange(keep, device=r.device)
+        ranks = torch.stack([slots + (slots >= i) * (N - keep) for i in range(keep + 1)])   # [keep + 1, keep]
+        best = ordered.values[:, ranks].var(2, correction=0).argmax(1)
+        return ordered.indices.gather(1, ranks[best]).sort(1).values
     if rule == "median":
         distance = (r - r.quantile(0.5, dim=1, keepdim=True)).abs()
     elif rule == "trim":

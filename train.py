@@ -191,7 +191,7 @@ def credit(args, rewards, potential, closest):
         relative = closest / closest.mean(1, keepdim=True).clamp(min=1e-8)
         advantage = torch.where(advantage > 0, advantage * relative.gather(1, index), advantage)
     if args.success:                                                     # DRIVE, the same group's later paper: only a success is paid
-        potential = potential * (rewards >= rewards.mean(1, keepdim=True))
+        potential = potential * (rewards >= rewards.double().mean(1, keepdim=True))   # float64: equals reach their mean
     shaped = shaped_returns(torch.zeros_like(rewards), potential, args.gamma, 1.0, args.terminal)
     return index, advantage + args.diversity * group_advantage(shaped, index)               # each signal in units of its own std
 

@@ -82,6 +82,26 @@ def table(out, methods, seeds):
     return runs
 
 
+def draw(runs, path):
+    """Reward-diversity curves: thin lines are seeds, thick ones the mean over seeds at each evaluation; the base model is where all start."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    panels = [("eval/vendi", "diversity: Vendi score within a prompt (higher is better)"), ("eval/fid", "Frechet distance to real pictures (lower is better)")]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2))
+    for axis, (metric, label) in zip(axes, panels):
+        for n, (name, curves) in enumerate((name, curves) for name, curves in runs.items() if curves):
+            for curve in curves:
+                axis.plot(curve["eval/log_prob"], curve[metric], color=f"C{n}", lw=0.5, alpha=0.35)
+            x, y = (np.mean([c[k] for c in curves], 0) for k in ("eval/log_prob", metric))
+            axis.plot(x, y, color=f"C{n}", lw=2, marker="o", ms=3, label=name)
+        axis.set(xlabel="alignment: held-out log-probability (higher is better)", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default="runs/evidence", help="folder for the runs")
@@ -93,7 +113,8 @@ def main():
         jobs = [(out / f"{name}-{seed}", flags | {"seed": seed}, 1) for seed in seeds for name, flags in METHODS.items()]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, jobs))
-    table(out, METHODS, seeds)
+    runs = table(out, METHODS, seeds)
+    draw(runs, ROOT / "experiments" / "evidence.png")
 
 
 if __name__ == "__main__":

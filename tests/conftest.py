@@ -1,0 +1,122 @@
+"""What the tests share: a base model of a few thousand random weights in the layout of assets/tiny, and quick ways to run train.py."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+SMALL = ("--device cpu --iterations 2 --prompts_per_step 2 --group_size 4 --keep 3 --steps 4 --window 0:2 --updates 2 --nearest 2 "
+         "--lr 0.001 --warmup 0 --eval_images 20 --eval_steps 2 --eval_every 1 --save_every 1").split()
+
+
+def small(model, out, *more):
+    """The command line of a run of a second; later flags win."""
+    return [*SMALL, "--model", str(model), "--out", str(out), *map(str, more)]
+
+
+def launch(argv):
+    """train.py in this process."""
+    import train
+    return train.main(list(argv))
+
+
+def command(argv, processes=0):
+    """train.py as a command: under torchrun if `processes` is not 0."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    return [sys.executable, *torchrun, str(ROOT / "train.py"), *argv]
+
+
+def launch_process(argv, processes=0, cwd=None, **env):
+    """The same in processes of its own -> exit code, stdout, stderr."""
+    done = subprocess.run(command(argv, processes), cwd=cwd, capture_output=True, text=True, timeout=900,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+    return done.returncode, done.stdout, done.stderr
+
+
+def read_metrics(out, clock=False):
+    """metrics.jsonl as a list of objects, without what depends on the machine's mood."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if clock or not k.startswith(("seconds", "peak_memory"))} for row in rows]
+
+
+def read_weights(out):
+    """The newest checkpoint's tensors."""
+    from safetensors.torch import load_file
+    return load_file(sorted(Path(out).glob("checkpoint-*"))[-1] / "weights.safetensors")
+
+
+def files(folder):
+    """Every file under a folder, with its bytes and its time of writing."""
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def contents(folder):
+    """Every file under a folder, with its bytes."""
+    return {name: content for name, (content, _) in files(folder).items()}
+
+
+def build_generator(folder, seed):
+    """transformer/, text_encoder/, tokenizer/, scheduler/ and model_index.json; random, but no weight is zero, so all of it can learn."""
+    from build_tiny import TOKENS, build_tokenizer, save_generator
+    from diffusers import SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    tokenizer = build_tokenizer(folder)
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=28, patch_size=14, in_channels=1, out_channels=1, num_layers=1, num_attention_heads=2, attention_head_dim=16,
+        joint_attention_dim=16, caption_projection_dim=32, pooled_projection_dim=16, pos_embed_max_size=2, qk_norm="rms_norm")
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+    with torch.no_grad():
+        for parameter in [*transformer.parameters(), *encoder.parameters()]:
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    save_generator(folder, torch.nn.ModuleDict({"transformer": transformer, "text_encoder": encoder}))
+
+
+def build_classifier(folder, width, seed, images):
+    """A random classifier whose opinions differ from picture to picture, and the moments of `images` in its features."""
+    from dist_reward import moments
+    from eval import mean_distance
+    from rewards import Classifier
+    from safetensors.torch import save_file
+    torch.manual_seed(seed)
+    model = Classifier(width)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(2.5 if name.endswith("weight") else 0)
+        features = model.features(images)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"width": width}))
+    mu, sigma = moments(features)
+    np.savez(folder / "real.npz", mu=mu, sigma=sigma, scale=mean_distance(features) / 2)
+
+
+def build_model(folder, seed=0):
+    from build_tiny import write_prompts
+    folder.mkdir(parents=True)
+    write_prompts(folder)
+    build_generator(folder, seed)
+    images = torch.rand(200, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
+    build_classifier(folder / "reward", 2, seed + 1, images)
+    build_classifier(folder / "evaluator", 4, seed + 2, images)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of the random base model. Copy it before changing anything in it."""
+    return build_model(tmp_path_factory.mktemp("base") / "tiny")

@@ -1,0 +1,803 @@
+"""Whole runs of train.py on a random base model of a few thousand weights: what they write, what moves, what stops them."""
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import models
+import rewards
+import runtime
+import train
+from conftest import ROOT, build_model, command, contents, files, launch, launch_process, read_metrics, read_weights, small
+
+METRICS = {"iteration", "loss", "kl", "clip_fraction", "grad_norm", "ratio_error", "reward", "diversity", "zero_std_fraction",
+           "seconds_sample", "seconds_train", "peak_memory_gb"}
+JUDGED = {"eval/accuracy", "eval/log_prob", "eval/vendi", "eval/distance", "eval/fid"}
+
+
+def checkpoints(out):
+    return sorted(path.name for path in Path(out).glob("checkpoint-*"))
+
+
+def network(folder):
+    return models.load(folder).network.state_dict()
+
+
+def spy(monkeypatch, name):
+    """Lets train.<name> run as before and collects what it returns."""
+    returned, function = [], getattr(train, name)
+
+    def wrapper(*args, **kwargs):
+        returned.append(function(*args, **kwargs))
+        return returned[-1]
+    monkeypatch.setattr(train, name, wrapper)
+    return returned
+
+
+def at_call(monkeypatch, owner, name, number, action):
+    """The number-th call of owner.name runs action(result of the call, its arguments) and returns what that returns."""
+    calls, function = [], getattr(owner, name)
+
+    def wrapper(*args, **kwargs):
+        calls.append(args)
+        result = function(*args, **kwargs)
+        return action(result, args) if len(calls) == number else result
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def optimizer_state(out):
+    state = torch.load(Path(out) / checkpoints(out)[-1] / "optimizer.pt", weights_only=True)
+    return {f"{i}.{name}": value for i, row in state["state"].items() for name, value in row.items()}
+
+
+def assert_equal_runs(a, b):
+    """Two runs with the same flags ended with the same bits."""
+    assert read_metrics(a) == read_metrics(b)
+    assert checkpoints(a) == checkpoints(b)
+    same(read_weights(a), read_weights(b))
+    same(optimizer_state(a), optimizer_state(b))
+    for part in ("model", "grids"):
+        assert contents(a / part) == contents(b / part)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics of the update.
+
+def table(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
+def test_group_advantage_is_the_naive_one(std):
+    rewards_, index = table(3, 6), torch.tensor([[0, 2, 5], [1, 2, 3], [3, 4, 5]])
+    spread = np.sqrt(np.mean([(r - np.mean(row)) ** 2 for row in rewards_.tolist() for r in row]))
+    expected = []
+    for row, kept in zip(rewards_.tolist(), index.tolist()):
+        mine = [row[i] for i in kept]
+        scale = {"group": np.std(mine, ddof=1), "batch": spread, "none": 1}[std]
+        expected.append([(r - np.mean(mine)) / scale for r in mine])
+    assert train.group_advantage(rewards_, index, std).tolist() == pytest.approx(np.array(expected), abs=1e-12)
+    assert train.group_advantage(torch.stack([rewards_, -rewards_]), index, std).shape == (2, 3, 3)
+
+
+def test_group_advantage_ignores_shift_and_scale_of_a_group():
+    rewards_, index = table(4, 5), torch.arange(5).expand(4, 5)
+    moved = rewards_ * torch.tensor([[1.0], [3.0], [10.0], [0.5]]) + torch.tensor([[0.0], [5.0], [-7.0], [100.0]])
+    torch.testing.assert_close(train.group_advantage(rewards_, index), train.group_advantage(moved, index), rtol=1e-9, atol=1e-9)
+
+
+def test_group_advantage_of_equals_is_zero_and_rounding_is_not_blown_up():
+    index = torch.arange(4).expand(1, 4)
+    equal = torch.full((1, 4), 0.1)
+    assert train.group_advantage(equal, index).abs().max() == 0
+    residue = equal + torch.tensor([[0, 1e-7, 0, -1e-7]])
+    assert 0 < train.group_advantage(residue, index).abs().max() < 1e-3
+
+
+def test_group_advantage_is_limited():
+    outlier = torch.zeros(1, 100)
+    outlier[0, 0] = 1e6
+    advantage = train.group_advantage(outlier, torch.arange(100).expand(1, 100))
+    assert advantage.max() == 5 and advantage.min() > -1
+
+
+def test_clipped_loss_is_the_naive_one():
+    ratio, advantage, clip = (1 + 0.3 * table(50)).abs(), table(50, seed=1), 0.2
+    expected = [-min(a * r, a * min(max(r, 1 - clip), 1 + clip)) for r, a in zip(ratio.tolist(), advantage.tolist())]
+    assert train.clipped_loss(ratio, advantage, clip).tolist() == pytest.approx(expected)
+
+
+def test_clipped_loss_has_no_gradient_where_it_would_overshoot_and_has_one_where_it_corrects():
+    ratio = torch.tensor([1.5, 0.5, 1.5, 0.5], requires_grad=True)
+    train.clipped_loss(ratio, torch.tensor([1.0, -1.0, -1.0, 1.0]), 0.2).sum().backward()
+    assert ratio.grad.tolist() == [0, 0, 1, -1]
+
+
+def test_gaussian_kl_is_torchs():
+    mean, other, std = table(5, 2, 3), table(5, 2, 3, seed=1), table(5, 1, 1, seed=2).abs() + 0.1
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, std.expand_as(mean)), normal(other, std.expand_as(mean))).sum((1, 2))
+    torch.testing.assert_close(train.gaussian_kl(mean, other, std), expected)
+
+
+def credited(**flags):
+    """train.credit on 2 groups of 4, with potentials for 3 steps."""
+    plain = {"group_size": 4, "keep": 4, "select": "all", "diversity": 0.0, "gardo": False, "std": "group", "gamma": 1.0,
+             "terminal": "keep", "success": False}
+    args = train.Args(**plain | flags)
+    return train.credit(args, table(2, 4), table(4, 2, 4, seed=1).abs(), table(2, 4, seed=2).abs() + 0.1)
+
+
+def test_credit_without_diversity_is_the_groups_advantage_at_every_step():
+    index, advantage = credited()
+    assert advantage.expand(3, 2, 4).allclose(train.group_advantage(table(2, 4), index))
+
+
+def test_credit_pays_diversity_in_proportion_to_its_weight_and_step_by_step():
+    plain, one, two = (credited(diversity=weight)[1] for weight in (0.0, 1.0, 2.0))
+    torch.testing.assert_close(two - plain, 2 * (one - plain))
+    assert one.shape == (3, 2, 4) and not torch.allclose(one[0], one[1])
+
+
+def test_gardo_multiplies_the_positive_side_only():
+    plain, gardo = credited()[1].expand(3, 2, 4)[0], credited(gardo=True)[1].expand(3, 2, 4)[0]
+    distance = table(2, 4, seed=2).abs() + 0.1
+    factor = (distance / distance.mean(1, keepdim=True)).double()
+    torch.testing.assert_close(gardo, torch.where(plain > 0, plain * factor, plain))
+
+
+def test_success_leaves_no_reason_to_prefer_one_failure_to_another():
+    shaped = credited(diversity=1.0, success=True)[1] - credited()[1]
+    failed = table(2, 4) < table(2, 4).mean(1, keepdim=True)
+    assert failed.sum(1).tolist() == [2, 2]
+    for step in shaped:
+        for row, lost in zip(step, failed):
+            assert row[lost].std() < 1e-6 < 0.01 < row[~lost].std()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind.
+
+@pytest.fixture(scope="module")
+def done(tiny, tmp_path_factory):
+    """A finished run of three iterations, and the model object that it trained."""
+    out, loaded = tmp_path_factory.mktemp("done") / "run", []
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, models, "load", 1, lambda model, args: loaded.append(model) or model)
+        launch(small(tiny, out, "--iterations", 3, "--keep_checkpoints", 2, "--reward", "class:1,ink:0.5", "--kl", 0.1))
+    return SimpleNamespace(out=out, model=loaded[0])
+
+
+def test_the_run_folder_holds_what_is_documented(done):
+    assert {path.name for path in done.out.iterdir()} == {
+        "config.json", "metrics.jsonl", "grids", "model", "checkpoint-00002", "checkpoint-00003"}
+    assert {path.name for path in (done.out / "checkpoint-00003").iterdir()} == {"weights.safetensors", "optimizer.pt", "state.json"}
+    written = json.loads((done.out / "config.json").read_text())
+    assert set(written) == {f.name for f in dataclasses.fields(train.Args)} - {"dry_run"}
+    assert written["reward"] == "class:1,ink:0.5" and written["kl"] == 0.1 and written["iterations"] == 3
+
+
+def test_every_line_of_the_metrics_is_complete_and_finite(done):
+    first, *rows = read_metrics(done.out, clock=True)
+    assert first["iteration"] == 0 and set(first) == {"iteration"} | JUDGED
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert set(row) == METRICS | JUDGED | {"reward/class", "reward/ink"}
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["reward"] == pytest.approx(row["reward/class"] + 0.5 * row["reward/ink"], abs=1e-4)
+        assert row["seconds_sample"] > 0 and row["seconds_train"] > 0 and row["peak_memory_gb"] > 0 and row["grad_norm"] > 0
+
+
+def test_the_kl_to_the_base_is_measured(done):
+    assert all(row["kl"] > 0 for row in read_metrics(done.out)[1:])
+
+
+def test_the_grids_are_pictures_of_the_same_seeds(done):
+    grids = sorted((done.out / "grids").iterdir())
+    assert [grid.name for grid in grids] == ["00000.png", "00001.png", "00002.png", "00003.png"]
+    sheets = [np.asarray(Image.open(grid)).astype(int) for grid in grids]
+    assert {sheet.shape for sheet in sheets} == {(10 * 29 * 2, 2 * 29 * 2, 3)}
+    drift = np.abs(sheets[0] - sheets[3]).mean()
+    other_noise = np.abs(sheets[0][:, :56] - sheets[0][:, 58:114]).mean()
+    assert 0 < drift < other_noise / 4
+
+
+def test_the_saved_model_draws_what_the_trained_network_draws(done, tiny):
+    prompts = train.read_prompts(tiny / "eval_prompts.jsonl")
+    draw = lambda model: evaluation.generate(model, prompts, 2, 3, 1.5, 7, 20)
+    saved = draw(models.load(done.out / "model"))
+    assert torch.equal(saved, draw(done.model))
+    assert not torch.equal(saved, draw(models.load(tiny)))
+
+
+def test_plain_diffusers_loads_the_saved_transformer(done):
+    from diffusers import SD3Transformer2DModel
+    plain = SD3Transformer2DModel.from_pretrained(done.out / "model" / "transformer")
+    same(plain.state_dict(), done.model.network.state_dict())
+
+
+def test_the_saved_model_can_be_trained_on(done, tmp_path):
+    launch(small(done.out / "model", tmp_path / "run"))
+    assert len(read_metrics(tmp_path / "run")) == 3
+
+
+def test_a_checkpoint_holds_the_trained_weights(done):
+    saved, now = read_weights(done.out), done.model.network.state_dict()
+    same(saved, {name: now[name] for name in saved})
+    assert all("attn" in name for name in saved)
+
+
+def test_the_table_at_the_end_shows_before_and_after(tiny, tmp_path, capsys):
+    launch(small(tiny, tmp_path / "run"))
+    lines = capsys.readouterr().out.splitlines()
+    rows = read_metrics(tmp_path / "run")
+    at = next(n for n, line in enumerate(lines) if line.split() == ["before", "after"])
+    table_ = {line.split()[0]: tuple(map(float, line.split()[1:])) for line in lines[at + 1:at + 6]}
+    assert table_ == {name[5:]: pytest.approx((rows[0][name], rows[-1][name]), abs=1e-3) for name in JUDGED}
+
+
+def test_averaged_weights_are_judged_and_saved_and_the_raw_ones_go_on(tiny, tmp_path):
+    launch(small(tiny, tmp_path / "ema", "--ema", 0.5, "--iterations", 3))
+    launch(small(tiny, tmp_path / "raw", "--ema", 0, "--iterations", 3))
+    saved, raw, base = read_weights(tmp_path / "ema"), read_weights(tmp_path / "raw"), network(tiny)
+    same({name: saved[name] for name in raw}, raw)
+    exported = network(tmp_path / "ema" / "model")
+    same({name: saved["average." + name] for name in raw}, {name: exported[name] for name in raw})
+    assert 0 < sum((exported[name] - base[name]).norm() for name in raw) < sum((raw[name] - base[name]).norm() for name in raw)
+
+
+@pytest.mark.parametrize("flags", ["--select all --updates 1", "--select all --updates 1 --guidance 2", "--updates 2",
+                                   "--kernel ancestral", "--kernel flow-grpo", "--train all --ema 0.5"])
+def test_the_ratio_is_one_before_the_first_update(tiny, tmp_path, monkeypatch, flags):
+    returned = spy(monkeypatch, "update")
+    launch(small(tiny, tmp_path / "run", "--iterations", 3, "--prompt_noise", 0.5, "--batch", 1000, *flags.split()))
+    assert [row["ratio_error"] for row in returned] == [0.0] * 3
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_the_ratio_stays_one_to_rounding_in_smaller_batches(tiny, tmp_path, monkeypatch, batch):
+    returned = spy(monkeypatch, "update")
+    launch(small(tiny, tmp_path / "run", "--prompt_noise", 0.5, "--batch", batch))
+    assert all(row["ratio_error"] <= 1e-6 for row in returned) and len(returned) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What moves.
+
+def test_only_attention_moves_when_only_attention_is_trained(tiny, tmp_path):
+    launch(small(tiny, tmp_path / "run", "--train", "attention"))
+    base, tuned = network(tiny), network(tmp_path / "run" / "model")
+    moved = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert moved and all(".attn." in name for name in moved)
+    parts = "to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"
+    assert {f"transformer_blocks.0.attn.{part}.weight" for part in parts} <= moved
+
+
+def test_all_weights_that_matter_move_when_all_are_trained(tiny, tmp_path):
+    launch(small(tiny, tmp_path / "run", "--train", "all"))
+    base, tuned = network(tiny), network(tmp_path / "run" / "model")
+    moved = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert {"proj_out.weight", "context_embedder.weight", "pos_embed.proj.weight", "transformer_blocks.0.attn.to_q.weight",
+            "transformer_blocks.0.ff.net.2.weight", "transformer_blocks.0.norm1.linear.weight"} <= moved
+
+
+def test_text_encoder_and_tokenizer_are_copied_as_they_were(done, tiny):
+    for part in ("text_encoder", "tokenizer", "scheduler", "reward", "evaluator"):
+        assert contents(done.out / "model" / part) == contents(tiny / part)
+
+
+def test_drift_off_is_plain_grpo(tiny, tmp_path):
+    launch(small(tiny, tmp_path / "off", "--drift", "off"))
+    launch(small(tiny, tmp_path / "by_hand", "--drift", "on", "--select", "all", "--prompt_noise", 0, "--diversity", 0))
+    assert read_metrics(tmp_path / "off") == read_metrics(tmp_path / "by_hand")
+    same(read_weights(tmp_path / "off"), read_weights(tmp_path / "by_hand"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every flag does something, where it says so and nowhere else. (flag, value, other value, where, flags that make it matter)
+#   rollouts    the first rewards differ                        update     they do not, and the trained weights do
+#   judgement   training is the same, the evaluation differs    output     the same numbers, other files or more lines
+#   rounding    the same numbers                                nothing    nothing is written at all
+
+BASE = ("--drift on --select window --prompt_noise 0.25 --tau1 0.6 --tau2 1.2 --psi 1 --diversity 0.3 --diversity_features reward "
+        "--metric cosine --success --gamma 1 --terminal keep --kl 0 --no-gardo --std group --train attention --clip 0.4 --grad_clip 1 "
+        "--passes 1 --ema 0 --kernel cps --eta 0.8 --guidance 1 --reward class:1 --seed 0 --eval_seed 0 --batch 160 --precision float32 "
+        "--keep_checkpoints 2").split()
+FLAGS = [
+    ("model", "{tiny}", "{other}", "rollouts", "--prompts {tiny}/prompts.jsonl"),
+    ("prompts", "{tiny}/prompts.jsonl", "{one}", "rollouts", ""),
+    ("reward", "class:1", "class:1,ink:0.1", "rollouts", ""), ("out", "{tmp}/here", "{tmp}/there", "output", ""),
+    ("iterations", 2, 3, "output", ""), ("seed", 0, 1, "rollouts", ""), ("drift", "on", "off", "rollouts", ""),
+    ("dry_run", False, True, "nothing", ""), ("prompts_per_step", 2, 4, "rollouts", ""), ("group_size", 4, 5, "rollouts", ""),
+    ("steps", 4, 5, "rollouts", ""), ("window", "0:2", "1:3", "rollouts", ""), ("kernel", "cps", "ancestral", "rollouts", ""),
+    ("eta", 0.8, 0.5, "rollouts", ""), ("guidance", 1, 2, "rollouts", ""), ("select", "window", "spread", "update", ""),
+    ("keep", 3, 2, "update", ""), ("prompt_noise", 0.25, 0.5, "rollouts", ""), ("tau1", 0.6, 0.8, "rollouts", ""),
+    ("tau2", 1.2, 1.0, "rollouts", ""), ("psi", 1, 0.5, "rollouts", ""), ("diversity", 0.3, 0, "update", ""),
+    ("diversity_features", "reward", "latents", "update", ""), ("metric", "cosine", "euclidean", "update", ""),
+    ("nearest", 2, 1, "update", ""), ("success", True, False, "update", ""), ("gamma", 1, 0.5, "update", ""),
+    ("terminal", "keep", "zero", "update", ""), ("kl", 0, 1, "update", ""), ("gardo", False, True, "update", ""),
+    ("std", "group", "batch", "update", ""), ("train", "attention", "all", "update", ""), ("lr", 0.001, 0.002, "update", ""),
+    ("warmup", 0, 4, "update", ""), ("updates", 2, 1, "update", ""), ("passes", 1, 2, "update", ""), ("clip", 0.4, 1e-5, "update", ""),
+    ("grad_clip", 1, 1e-6, "update", ""), ("ema", 0, 0.5, "judgement", ""),
+    ("eval_prompts", "{tiny}/eval_prompts.jsonl", "{one}", "judgement", ""), ("eval_every", 1, 2, "judgement", ""),
+    ("eval_images", 20, 40, "judgement", ""), ("eval_steps", 2, 3, "judgement", ""), ("eval_seed", 0, 1, "judgement", ""),
+    ("save_every", 1, 2, "output", ""), ("keep_checkpoints", 2, 1, "output", ""), ("batch", 160, 5, "rounding", ""),
+    ("precision", "float32", "bfloat16", "rollouts", ""), ("device", "cpu", "auto", "rounding", "")]
+
+
+def test_the_table_covers_every_flag():
+    assert [row[0] for row in FLAGS] == [f.name for f in dataclasses.fields(train.Args)]
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny, tmp_path_factory):
+    """flags -> the metrics, checkpoint weights, checkpoints and exported weights of a run with them; each is run once."""
+    tmp, known = tmp_path_factory.mktemp("flags"), {}
+    (tmp / "one.jsonl").write_text('{"prompt": "a dark coat", "label": 4}\n')
+    paths = {"tiny": tiny, "other": build_model(tmp / "other", seed=5), "one": tmp / "one.jsonl", "tmp": tmp}
+
+    def run(*flags):
+        flags = [str(flag).format(**paths) for flag in flags]
+        key = tuple(flag for flag in flags)
+        if key not in known:
+            out = Path(flags[flags.index("--out") + 1]) if "--out" in flags else tmp / f"run{len(known)}"
+            launch(small(tiny, out, *BASE, *flags))
+            known[key] = out.is_dir() and SimpleNamespace(
+                out=out, rows=read_metrics(out), weights=read_weights(out), checkpoints=checkpoints(out), model=network(out / "model"))
+        return known[key]
+    return run
+
+
+def spelled(name, value):
+    return (f"--{name}" if value else f"--no-{name}",) if isinstance(value, bool) else (f"--{name}", value)
+
+
+def only(rows, judged):
+    return [{k: v for k, v in row.items() if k.startswith("eval/") == judged} for row in rows]
+
+
+def equal_weights(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a.keys() & b.keys())
+
+
+@pytest.mark.parametrize("name, value, other, where, context", FLAGS, ids=[row[0] for row in FLAGS])
+def test_every_flag_does_what_it_says(tiny, outcome, name, value, other, where, context):
+    if name == "device" and torch.cuda.is_available():
+        pytest.skip("auto is the GPU here")
+    if where == "nothing":
+        assert outcome(*spelled(name, value)) and not outcome(*spelled(name, other))
+        return
+    a = outcome(*context.split(), *spelled(name, value))
+    b = outcome(*context.split(), *spelled(name, other))
+    if where == "rollouts":
+        assert a.rows[1]["reward"] != b.rows[1]["reward"]
+    elif where == "update":
+        assert a.rows[1]["reward"] == b.rows[1]["reward"]
+        assert not equal_weights(a.model, b.model)
+    elif where == "judgement":
+        assert only(a.rows, False) == only(b.rows, False) and equal_weights(a.weights, b.weights)
+        assert only(a.rows, True) != only(b.rows, True)
+    elif where == "output":
+        both = min(len(a.rows), len(b.rows))
+        assert a.rows[:both] == b.rows[:both]
+        assert len(a.rows) != len(b.rows) or equal_weights(a.weights, b.weights)
+        assert (a.out, len(a.rows), a.checkpoints) != (b.out, len(b.rows), b.checkpoints)
+    else:
+        assert_close_rows(a.rows, b.rows)
+        assert_close_weights(a.weights, b.weights, network(tiny))
+
+
+def assert_close_rows(a, b, tolerance=1e-5):
+    assert [row.keys() for row in a] == [row.keys() for row in b]
+    for mine, theirs in zip(a, b):
+        assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+
+
+def assert_close_weights(a, b, base):
+    """Equal but for rounding: all but a few elements to 1e-5, where Adam divides a gradient that is nearly zero by itself."""
+    assert a.keys() == b.keys()
+    flat = lambda weights: torch.cat([weights[name].flatten() for name in a if name in base])
+    difference, way = flat(a) - flat(b), flat(a) - flat(base)
+    assert way.norm() > 0.01
+    assert difference.norm() < 0.005 * way.norm() and (difference.abs() > 1e-5).double().mean() < 1e-3
+
+
+def test_checkpoints_come_at_the_named_iterations_and_the_newest_stay(tiny, tmp_path):
+    launch(small(tiny, tmp_path / "a", "--iterations", 5, "--save_every", 2, "--keep_checkpoints", 2))
+    assert checkpoints(tmp_path / "a") == ["checkpoint-00004", "checkpoint-00005"]
+    launch(small(tiny, tmp_path / "b", "--iterations", 5, "--save_every", 2, "--keep_checkpoints", 9))
+    assert checkpoints(tmp_path / "b") == ["checkpoint-00002", "checkpoint-00004", "checkpoint-00005"]
+
+
+def test_evaluations_come_at_the_named_iterations_and_at_the_end(tiny, tmp_path):
+    launch(small(tiny, tmp_path / "run", "--iterations", 5, "--eval_every", 2))
+    assert [row["iteration"] for row in read_metrics(tmp_path / "run") if JUDGED <= row.keys()] == [0, 2, 4, 5]
+
+
+def test_every_iteration_has_its_own_noise(outcome):
+    still = outcome("--lr", 1e-12, "--prompts", "{one}", "--diversity", 0)
+    assert still.rows[1]["eval/fid"] == still.rows[2]["eval/fid"]
+    assert still.rows[1]["reward"] != still.rows[2]["reward"]
+
+
+def test_a_strong_kl_holds_the_policy_near_the_base(tiny, tmp_path):
+    away = {}
+    for weight in (1e-9, 1000):
+        out = tmp_path / str(weight)
+        launch(small(tiny, out, "--iterations", 6, "--kl", weight, "--diversity", 0, "--clip", 1000))
+        away[weight] = read_metrics(out)[-1]["kl"]
+    assert away[1000] < away[1e-9] / 2
+
+
+def test_the_default_run_folder_is_named_after_the_flags(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    where = lambda *flags: json.loads((launch([*flags, "--dry_run"]), capsys.readouterr().out.splitlines()[0])[1])["out"]
+    model = ("--model", str(tiny), "--eval_images", "20")
+    assert len({where(*model), where(*model, "--seed", "1"), where(*model, "--lr", "0.5")}) == 3
+    assert all(Path(where(*model, *flags)).parent == Path("runs") for flags in ((), ("--reward", "class:1,ink:0.2")))
+    launch([flag for flag in small(tiny, "OUT") if flag not in ("--out", "OUT")])
+    assert [path.name for path in next((tmp_path / "runs").iterdir()).glob("model")] == ["model"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruption.
+
+LONG = "--iterations 4 --save_every 2 --keep_checkpoints 9 --ema 0.5 --kl 0.1 --prompt_noise 0.25 --diversity 0.3".split()
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    launch(small(tiny, out, *LONG))
+    return out
+
+
+def killed(result, args):
+    raise KeyboardInterrupt("killed")
+
+
+@pytest.mark.parametrize("iteration", [1, 2, 3, 4])
+def test_a_run_cut_off_in_an_iteration_goes_on_to_the_same_bits(tiny, tmp_path, whole, iteration):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, train, "update", iteration, killed)
+        with pytest.raises(KeyboardInterrupt):
+            launch(small(tiny, out, *LONG))
+    assert checkpoints(out) == ["checkpoint-00002"][:iteration > 2] and len(read_metrics(out)) == iteration
+    launch(small(tiny, out, *LONG))
+    assert_equal_runs(out, whole)
+
+
+@pytest.mark.parametrize("target", ["checkpoint-00002", "checkpoint-00004", "model", "00002.png", "00004.png", "config.json",
+                                    "metrics.jsonl"])
+def test_a_kill_during_a_write_leaves_the_last_checkpoint_whole(tiny, tmp_path, whole, target):
+    out, replace = tmp_path / "run", os.replace
+
+    def torn(source, destination):
+        if Path(destination).name == target:
+            raise KeyboardInterrupt("killed")
+        replace(source, destination)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", torn)
+        with pytest.raises(KeyboardInterrupt):
+            launch(small(tiny, out, *LONG))
+    late = target in ("checkpoint-00004", "model", "00004.png")
+    assert checkpoints(out) == ["checkpoint-00002"][:late] and not (out / target).exists()
+    if late:
+        assert contents(out / "checkpoint-00002") == contents(whole / "checkpoint-00002")
+    launch(small(tiny, out, *LONG))
+    assert_equal_runs(out, whole)
+
+
+def test_a_half_written_line_and_leftover_temporaries_do_no_harm(tiny, tmp_path, whole):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, train, "update", 4, killed)
+        with pytest.raises(KeyboardInterrupt):
+            launch(small(tiny, out, *LONG))
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "lo')
+    (out / ".tmp-checkpoint-00004").mkdir()
+    (out / ".tmp-checkpoint-00004" / "weights.safetensors").write_bytes(b"half")
+    (out / ".tmp-metrics.jsonl").write_text("half")
+    launch(small(tiny, out, *LONG))
+    assert_equal_runs(out, whole)
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(tiny, tmp_path):
+    flags = "--iterations 60 --eval_every 60 --save_every 2 --keep_checkpoints 2".split()
+    argv, out = small(tiny, tmp_path / "run", *flags), tmp_path / "run"
+    process = subprocess.Popen(command(argv), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.time() + 600
+    while "checkpoint-00002" not in checkpoints(out):
+        assert process.poll() is None and time.time() < limit
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "model").exists()
+    launch(argv)
+    launch(small(tiny, tmp_path / "whole", *flags))
+    assert_equal_runs(out, tmp_path / "whole")
+
+
+def test_a_finished_run_says_so_and_is_left_alone(tiny, tmp_path, capsys):
+    argv = small(tiny, tmp_path / "run")
+    launch(argv)
+    before = files(tmp_path / "run")
+    capsys.readouterr()
+    launch(argv)
+    assert "already complete" in capsys.readouterr().out
+    assert files(tmp_path / "run") == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes. In-process runs have one thread, and so do these.
+
+def agree(one, two, base):
+    assert_close_rows(read_metrics(one), read_metrics(two))
+    assert_close_weights(read_weights(one), read_weights(two), network(base))
+    assert_close_weights(network(one / "model"), network(two / "model"), network(base))
+
+
+def test_two_processes_do_what_one_does_with_groups_across_them(tiny, tmp_path):
+    flags = "--prompts_per_step 3 --group_size 5 --keep 3 --updates 9 --ema 0.5 --kl 0.1 --gardo --std batch --eval_images 30".split()
+    launch(small(tiny, tmp_path / "one", *flags))
+    code, out, error = launch_process(small(tiny, tmp_path / "two", *flags), processes=2)
+    assert code == 0, error
+    assert out.count("before") == 1
+    agree(tmp_path / "one", tmp_path / "two", tiny)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, flags", [(2, ""), (3, "--prompts_per_step 2 --group_size 4 --guidance 2 --batch 2"),
+                                              (4, "--prompts_per_step 1 --group_size 4 --keep 2 --updates 4 --reward ink:1,margin:0.1")])
+def test_more_processes_do_what_one_does(tiny, tmp_path, processes, flags):
+    launch(small(tiny, tmp_path / "one", *flags.split()))
+    code, _, error = launch_process(small(tiny, tmp_path / "more", *flags.split()), processes)
+    assert code == 0, error
+    agree(tmp_path / "one", tmp_path / "more", tiny)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_with_two(tiny, tmp_path, whole):
+    argv = small(tiny, tmp_path / "run", *LONG)
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, train, "update", 4, killed)
+        with pytest.raises(KeyboardInterrupt):
+            launch(argv)
+    code, _, error = launch_process(argv, processes=2)
+    assert code == 0, error
+    agree(tmp_path / "run", whole, tiny)
+    code, out, error = launch_process(argv, processes=2)
+    assert code == 0 and out.count("already complete") == 1
+
+
+FAILING_RANK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import rewards, train
+if __name__ == "__main__":
+    right, calls = rewards.NAMES["class"], []
+
+    def wrong(logits, labels, images):
+        calls.append(0)
+        return right(logits, labels, images) * (float("nan") if len(calls) == 2 else 1)
+    if os.environ["RANK"] == "1":
+        rewards.NAMES["class"] = wrong
+    train.main({argv!r})
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_in_one_process_stops_them_all(tiny, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING_RANK.format(root=str(ROOT), argv=small(tiny, tmp_path / "run")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done_ = subprocess.run(torchrun, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done_.returncode != 0 and "FloatingPointError" in done_.stderr and "class" in done_.stderr
+    assert checkpoints(tmp_path / "run") == ["checkpoint-00001"] and len(read_metrics(tmp_path / "run")) == 2
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that are none, and rollouts that the update cannot reproduce.
+
+def poisoned_reward(value):
+    def plant(monkeypatch):
+        calls, right = [], rewards.NAMES["class"]
+
+        def wrong(logits, labels, images):
+            result = right(logits, labels, images)
+            calls.append(result)
+            if len(calls) == 2:
+                result = value(result)
+            return result
+        monkeypatch.setitem(rewards.NAMES, "class", wrong)
+    return plant
+
+
+def one_bad(number):
+    return lambda result: torch.where(torch.arange(len(result)) == 3, number, result)
+
+
+def poisoned_loss(poison):
+    """The loss of the first update of iteration 2 (updates come two an iteration)."""
+    return lambda monkeypatch: at_call(monkeypatch, train, "clipped_loss", 3, lambda loss, args: poison(loss, args[0]))
+
+
+def poisoned_weight(monkeypatch):
+    def poison(result, args):
+        with torch.no_grad():
+            next(p for p in args[1].network.parameters() if p.requires_grad)[0] = float("nan")
+        return result
+    at_call(monkeypatch, train, "sample_groups", 2, poison)
+
+
+@pytest.mark.parametrize("plant, cause", [
+    (poisoned_reward(one_bad(float("nan"))), "reward class"), (poisoned_reward(one_bad(float("inf"))), "reward class"),
+    (poisoned_reward(lambda result: result[:, None]), "reward class"),
+    (poisoned_loss(lambda loss, ratio: loss * float("nan")), "loss"), (poisoned_loss(lambda loss, ratio: loss + float("inf")), "loss"),
+    (poisoned_loss(lambda loss, ratio: loss + (ratio - ratio.detach()).sqrt()), "gradient"), (poisoned_weight, "not finite")],
+    ids=["nan reward", "infinite reward", "misshapen reward", "nan loss", "infinite loss", "infinite gradient", "nan weight"])
+def test_a_number_that_is_none_stops_the_run_before_the_step(tiny, tmp_path, monkeypatch, plant, cause):
+    steps, loaded = [], []
+    at_call(monkeypatch, models, "load", 1, lambda model, args: loaded.append(model) or model)
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs))
+    whole_argv, argv = small(tiny, tmp_path / "whole"), small(tiny, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch)
+        with pytest.raises(FloatingPointError) as error:
+            launch(argv)
+    assert "iteration 2" in str(error.value) and cause in str(error.value)
+    assert len(steps) == 2
+    out = tmp_path / "run"
+    assert checkpoints(out) == ["checkpoint-00001"] and not (out / "model").exists() and len(read_metrics(out)) == 2
+    if plant is not poisoned_weight:
+        saved, now = read_weights(out), loaded[0].network.state_dict()
+        same(saved, {name: now[name] for name in saved})
+    launch(argv), launch(whole_argv)
+    assert_equal_runs(out, tmp_path / "whole")
+
+
+def rounded_latents(trajectory, args):
+    trajectory.latents = trajectory.latents.bfloat16().float()
+    return trajectory
+
+
+def other_noise(trajectory, args):
+    right = trajectory.condition
+    trajectory.condition = lambda rows, u: right((rows + 1) % trajectory.latents.shape[1], u)
+    return trajectory
+
+
+def no_noise(trajectory, args):
+    right = trajectory.condition
+    trajectory.condition = lambda rows, u: right(rows, 0 * u)
+    return trajectory
+
+
+def other_times(trajectory, args):
+    policy = args[1]
+    policy.times = policy.times * 0.999
+    return trajectory
+
+
+def other_guidance(trajectory, args):
+    args[1].guidance = 1.01
+    return trajectory
+
+
+@pytest.mark.parametrize("mistake", [rounded_latents, other_noise, no_noise, other_times, other_guidance])
+def test_an_update_that_disagrees_with_the_rollout_is_caught(tiny, tmp_path, monkeypatch, mistake):
+    at_call(monkeypatch, train, "rollout", 2, mistake)
+    with pytest.raises(FloatingPointError, match="iteration 2.*ratio"):
+        launch(small(tiny, tmp_path / "run", "--prompt_noise", 0.5))
+    assert checkpoints(tmp_path / "run") == ["checkpoint-00001"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning.
+
+def test_equal_rewards_teach_nothing_and_break_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(rewards.NAMES, "class", lambda logits, labels, images: torch.full((len(images),), 0.1))
+    launch(small(tiny, tmp_path / "plain", "--drift", "off"))
+    rows, base, tuned = read_metrics(tmp_path / "plain")[1:], network(tiny), network(tmp_path / "plain" / "model")
+    assert [row["zero_std_fraction"] for row in rows] == [1, 1] and [row["grad_norm"] for row in rows] == [0, 0]
+    same(base, tuned)
+    launch(small(tiny, tmp_path / "shaped", "--diversity", 0.3))
+    assert not equal_weights(base, network(tmp_path / "shaped" / "model"))
+
+
+def test_unequal_rewards_are_not_counted_as_equal(done):
+    assert [row["zero_std_fraction"] for row in read_metrics(done.out)[1:]] == [0, 0, 0]
+
+
+def test_groups_of_two_work(tiny, tmp_path):
+    launch(small(tiny, tmp_path / "run", "--group_size", 2, "--keep", 2, "--nearest", 1))
+    assert all(row["grad_norm"] > 0 for row in read_metrics(tmp_path / "run")[1:])
+
+
+TEACH = ("--iterations 14 --prompts_per_step 4 --group_size 16 --keep 12 --train all --lr 0.005 --kernel cps --eta 1 --std batch --clip 1 "
+         "--eval_every 14 --save_every 14 --updates 2 --tau1 0.6 --tau2 1.2 --psi 1 --prompt_noise 0.25").split()
+
+
+@pytest.mark.parametrize("flags, sign", [("--drift off", 1), ("--drift off", -1), ("--diversity 0 --select window", 1),
+                                         ("--diversity 0.3", 1)])
+def test_the_mean_reward_rises(tiny, tmp_path, monkeypatch, flags, sign):
+    monkeypatch.setitem(rewards.NAMES, "ink", lambda logits, labels, images: images.mean((1, 2, 3)))
+    launch(small(tiny, tmp_path / "run", *TEACH, "--reward", f"ink:{sign}", *flags.split()))
+    curve = [row["reward"] for row in read_metrics(tmp_path / "run")[1:]]
+    assert np.mean(curve[-3:]) - np.mean(curve[:3]) > 0.04
+
+
+def test_diversity_alone_rises_when_it_alone_is_paid(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(rewards.NAMES, "class", lambda logits, labels, images: torch.zeros(len(images)))
+    launch(small(tiny, tmp_path / "run", *TEACH, *"--reward class:1 --diversity 1 --diversity_features latents --metric cosine".split()))
+    curve = [row["diversity"] for row in read_metrics(tmp_path / "run")[1:]]
+    assert np.mean(curve[-3:]) - np.mean(curve[:3]) > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+def test_dry_run_prints_configuration_and_sizes_and_writes_nothing(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("a model was loaded"))
+    before = contents(tiny)
+    launch(small(tiny, tmp_path / "run", "--dry_run", "--prompts_per_step", 3, "--group_size", 5, "--passes", 2))
+    first, rest = capsys.readouterr().out.split("\n", 1)
+    assert json.loads(first)["group_size"] == 5
+    assert all(size in rest for size in ("15 rollouts", "18 pairs", "4 optimizer steps", "9 pairs", "30 rollouts"))
+    assert list(tmp_path.iterdir()) == [] and contents(tiny) == before
+
+
+def test_help_explains_every_flag():
+    code, out, error = launch_process(["--help"], COLUMNS="1000")
+    assert code == 0 and not error
+    source = (ROOT / "train.py").read_text()
+    lines = re.sub(r"\n {12,}", " ", out).splitlines()
+    for field in dataclasses.fields(train.Args):
+        declared = next(line for line in source.splitlines() if line.startswith(f"    {field.name}:"))
+        text = declared.split("# ", 1)[1].strip()
+        assert any(line.strip().startswith(f"--{field.name}") and text in line for line in lines), field.name
+
+
+def test_the_command_runs(tiny, tmp_path):
+    code, out, error = launch_process(small(tiny, tmp_path / "run"), cwd=tmp_path)
+    assert code == 0, error
+    assert (tmp_path / "run" / "model").is_dir() and "before" in out
+    launch(small(tiny, tmp_path / "here"))
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "here")
+
+
+def test_write_atomic_replaces_the_whole_or_nothing(tmp_path):
+    path = tmp_path / "file"
+    runtime.write_atomic(path, lambda temporary: temporary.write_text("old"))
+
+    def fails(temporary):
+        temporary.write_text("ne")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        runtime.write_atomic(path, fails)
+    assert path.read_text() == "old"
+    runtime.write_atomic(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
