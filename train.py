@@ -73,7 +73,7 @@ class Args:
     kl: float = 0.0                                 # weight of the KL to the base model, nats a step against a normalised advantage
     gardo: bool = False                             # GARDO: positive advantages times the relative distance to the nearest of the group
     # update
-    std: Literal["group", "batch", "none"] = "group"  # what divides a centred reward: std of its group, of the batch, or nothing
+    std: Literal["batch", "group", "none"] = "batch"  # what divides a centred reward: std of the batch, of its group, or nothing
     train: Literal["attention", "all"] = "attention"  # which weights learn
     lr: float = 3e-4                                # AdamW's learning rate
     warmup: int = 5                                 # iterations over which lr rises
@@ -159,7 +159,7 @@ def plan(args, prompts):
 def group_advantage(values, index, std="group", floor=1e-3, limit=5.0):
     """Centres values [..., P, N] by group and divides them by a std, over the kept rollouts index [P, K] -> float64 [..., P, K].
 
-    std: "group" the kept group's, "batch" that of all centred values, "none" 1. A std below `floor` counts as `floor`, so a group of
+    std: "group" the kept group's, "batch" that of all the kept together, "none" 1. A std below `floor` counts as `floor`, so a group of
     equals gets 0 and rounding is never blown up; the result is limited to +-`limit`.
     """
     values = values.double()
@@ -168,8 +168,7 @@ def group_advantage(values, index, std="group", floor=1e-3, limit=5.0):
     if std == "group":
         centred = centred / kept.std(-1, keepdim=True).clamp(min=floor)
     elif std == "batch":
-        spread = (values - values.mean(-1, keepdim=True)).square().mean((-2, -1), keepdim=True).sqrt()
-        centred = centred / spread.clamp(min=floor)
+        centred = centred / centred.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=floor)
     return centred.clamp(-limit, limit)
 
 

@@ -38,19 +38,25 @@ def load(folder):
 
 def front(x, y, levels):
     """The largest y that the curve (x, y) shows where x is at least each level; NaN where x never gets there."""
-    t = np.linspace(0, len(x) - 1, 50 * len(x))
+    t = np.linspace(0, len(x) - 1, 50 * (len(x) - 1) + 1)               # holds the evaluations themselves
     fine_x, fine_y = np.interp(t, np.arange(len(x)), x), np.interp(t, np.arange(len(x)), y)
     return np.array([fine_y[fine_x >= level].max() if (fine_x >= level).any() else np.nan for level in levels])
 
 
-def gain(method, plain, x="eval/log_prob", y="eval/vendi", relative_to=0.0):
-    """Mean relative gain in y at equal x, over ten levels of x from the base model's to the highest that both reach."""
-    start, end = plain[x][0], min(plain[x].max(), method[x].max())
-    if x == "eval/vendi":                                                # diversity falls: from the base model's down to the lowest both visit
-        start, end = max(plain[x].min(), method[x].min()), min(plain[x][0], method[x][0])
-    levels = np.linspace(start, end, 12)[1:-1] if x == "eval/vendi" else np.linspace(start, end, 11)[1:]
-    m, p = front(method[x], method[y], levels) - relative_to, front(plain[x], plain[y], levels) - relative_to
-    return float(np.mean(m) / np.mean(p) - 1), float(m[-1] / p[-1] - 1)
+def gain_at_equal_alignment(method, plain, diversity="eval/vendi"):
+    """Relative gain in diversity over ten alignments, from the base model's to the highest that both runs reach; and at that highest."""
+    x = "eval/log_prob"
+    levels = np.linspace(plain[x][0], min(plain[x].max(), method[x].max()), 11)[1:] - 1e-9
+    m, p = front(method[x], method[diversity], levels), front(plain[x], plain[diversity], levels)
+    return float(m.mean() / p.mean() - 1), float(m[-1] / p[-1] - 1)
+
+
+def gain_at_equal_diversity(method, plain, diversity="eval/vendi"):
+    """Relative gain in alignment over the base model's, at ten diversities from the base model's down to the plain run's lowest."""
+    x = "eval/log_prob"
+    levels = np.linspace(plain[diversity][0], plain[diversity].min(), 11)[1:] + 1e-9
+    m, p = front(method[diversity], method[x], levels), front(plain[diversity], plain[x], levels)
+    return float((m.mean() - plain[x][0]) / (p.mean() - plain[x][0]) - 1)
 
 
 def run(job):
@@ -76,8 +82,7 @@ def table(out, methods, seeds):
             continue
         end = [f"{np.mean([c['eval/' + k][-1] for c in curves]):.3f}" for k in ("accuracy", "log_prob", "vendi", "distance", "fid")]
         pairs = list(zip(curves, plain))
-        equal = [gain(c, p) for c, p in pairs]
-        back = [gain(c, p, "eval/vendi", "eval/log_prob", c["eval/log_prob"][0])[0] for c, p in pairs]
+        equal, back = [gain_at_equal_alignment(*pair) for pair in pairs], [gain_at_equal_diversity(*pair) for pair in pairs]
         print(f"| {name} | {len(curves)} | {' | '.join(end)} | {spread([e[0] for e in equal], 100)} | {spread([e[1] for e in equal], 100)} | {spread(back, 100)} |")
     return runs
 

@@ -168,7 +168,7 @@ def test_a_run_folder_with_too_long_a_name(tiny, tmp_path, refused):
     refused(small(tiny, tmp_path / ("x" * 300)), "--out")
 
 
-def test_many_flags_still_give_a_run_folder(tiny, tmp_path, monkeypatch, capsys):
+def test_many_flags_still_give_a_run_folder(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     long = tmp_path / ("long" * 40)
     long.mkdir()
@@ -176,7 +176,7 @@ def test_many_flags_still_give_a_run_folder(tiny, tmp_path, monkeypatch, capsys)
     shutil.copy(tiny / "eval_prompts.jsonl", long)
     argv = [*small(tiny, ""), "--prompts", str(long / "prompts.jsonl"), "--eval_prompts", str(long / "eval_prompts.jsonl")]
     launch([*argv, "--dry_run"]), launch([*argv, "--dry_run", "--eval_seed", "1"])
-    outs = {json.loads(line)["out"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")}
+    outs = {json.loads(line)["out"] for line in capfd.readouterr().out.splitlines() if line.startswith("{")}
     assert len(outs) == 2
     for out in outs:
         (tmp_path / out).mkdir(parents=True)

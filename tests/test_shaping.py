@@ -154,7 +154,7 @@ def test_advantage_by_its_definition(index, std):
     assert ours.shape == (2, *index.shape) and ours.dtype == torch.float64
     for w in range(2):
         table = values[w].double().numpy()
-        everything = [table[p, i] - table[p].mean() for p in range(3) for i in range(6)]
+        everything = [table[p, i] - table[p, index[p].numpy()].mean() for p in range(3) for i in index[p]]
         for p in range(3):
             kept = table[p, index[p].numpy()]
             scale = {"group": kept.std(ddof=1), "batch": math.sqrt(sum(c * c for c in everything) / len(everything)), "none": 1.0}[std]

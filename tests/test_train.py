@@ -246,9 +246,9 @@ def test_a_checkpoint_holds_the_trained_weights(done):
     assert all("attn" in name for name in saved)
 
 
-def test_the_table_at_the_end_shows_before_and_after(tiny, tmp_path, capsys):
+def test_the_table_at_the_end_shows_before_and_after(tiny, tmp_path, capfd):
     launch(small(tiny, tmp_path / "run"))
-    lines = capsys.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
     rows = read_metrics(tmp_path / "run")
     at = next(n for n, line in enumerate(lines) if line.split() == ["before", "after"])
     table_ = {line.split()[0]: tuple(map(float, line.split()[1:])) for line in lines[at + 1:at + 6]}
@@ -448,9 +448,9 @@ def test_a_strong_kl_holds_the_policy_near_the_base(tiny, tmp_path):
     assert away[1000] < away[1e-9] / 2
 
 
-def test_the_default_run_folder_is_named_after_the_flags(tiny, tmp_path, monkeypatch, capsys):
+def test_the_default_run_folder_is_named_after_the_flags(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    where = lambda *flags: json.loads((launch([*flags, "--dry_run"]), capsys.readouterr().out.splitlines()[0])[1])["out"]
+    where = lambda *flags: json.loads((launch([*flags, "--dry_run"]), capfd.readouterr().out.splitlines()[0])[1])["out"]
     model = ("--model", str(tiny), "--eval_images", "20")
     assert len({where(*model), where(*model, "--seed", "1"), where(*model, "--lr", "0.5")}) == 3
     assert all(Path(where(*model, *flags)).parent == Path("runs") for flags in ((), ("--reward", "class:1,ink:0.2")))
@@ -539,13 +539,13 @@ def test_a_killed_process_goes_on_to_the_same_bits(tiny, tmp_path):
     assert_equal_runs(out, tmp_path / "whole")
 
 
-def test_a_finished_run_says_so_and_is_left_alone(tiny, tmp_path, capsys):
+def test_a_finished_run_says_so_and_is_left_alone(tiny, tmp_path, capfd):
     argv = small(tiny, tmp_path / "run")
     launch(argv)
     before = files(tmp_path / "run")
-    capsys.readouterr()
+    capfd.readouterr()
     launch(argv)
-    assert "already complete" in capsys.readouterr().out
+    assert "already complete" in capfd.readouterr().out
     assert files(tmp_path / "run") == before
 
 
@@ -760,11 +760,11 @@ def test_diversity_alone_rises_when_it_alone_is_paid(tiny, tmp_path, monkeypatch
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line.
 
-def test_dry_run_prints_configuration_and_sizes_and_writes_nothing(tiny, tmp_path, capsys, monkeypatch):
+def test_dry_run_prints_configuration_and_sizes_and_writes_nothing(tiny, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(models, "load", lambda *args: pytest.fail("a model was loaded"))
     before = contents(tiny)
     launch(small(tiny, tmp_path / "run", "--dry_run", "--prompts_per_step", 3, "--group_size", 5, "--passes", 2))
-    first, rest = capsys.readouterr().out.split("\n", 1)
+    first, rest = capfd.readouterr().out.split("\n", 1)
     assert json.loads(first)["group_size"] == 5
     assert all(size in rest for size in ("15 rollouts", "18 pairs", "4 optimizer steps", "9 pairs", "30 rollouts"))
     assert list(tmp_path.iterdir()) == [] and contents(tiny) == before
