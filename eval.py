@@ -8,6 +8,9 @@ Pictures come from the deterministic sampler at clean prompts and fixed seeds, t
     fid                   squared Frechet distance of all pictures to the real training set, always at the same n      both
 all in the evaluator's 64 features. Left out here: intervals, precision and recall, other people's models and folders of pictures.
 """
+import zipfile
+
+import numpy as np
 import torch
 
 import rewards
@@ -34,6 +37,17 @@ def mean_distance(features):
     """features [n, D] -> the mean distance of two different pictures."""
     n = len(features)
     return float(pairwise_distances(features).sum() / (n * (n - 1)))
+
+
+def check_real(path):
+    """Raises ValueError, in one line, if the moments of the real pictures cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as real:
+            missing = {"mu", "sigma", "scale"} - set(real.files)
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an npz file of numbers ({error})") from None
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}")
 
 
 @torch.inference_mode()

@@ -41,6 +41,8 @@ def check(name):
                 _check_json(name, path)
             else:
                 _check_safetensors(name, path)
+    if "shift" not in json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")):
+        raise ValueError(f"--model {name}: scheduler/scheduler_config.json has no shift, so this is not the scheduler of a flow")
     return folder
 
 

@@ -83,3 +83,13 @@ def annealed_noise(embedding, noise, u, scale, tau1, tau2, psi=1.0):
     mean, std = lambda v: v.mean(dims, keepdim=True), lambda v: v.std(dims, keepdim=True)
     rescaled = (mixed - mean(mixed)) / std(mixed).clamp(min=1e-8) * std(embedding) + mean(embedding)
     return torch.where(column(u) <= tau1, embedding, psi * rescaled + (1 - psi) * mixed)
+
+
+def noised_prompt(prompt, noise, scale, tau1, tau2, psi=1.0):
+    """-> condition(rows, u): the prompts (a tuple of embeddings [B, ...]) that the rollouts `rows` see when the fraction u is still to go.
+
+    One noise a rollout (a tuple like `prompt`), held here, so that the update sees what the rollout saw. scale 0: the clean prompts.
+    """
+    if scale == 0:
+        return lambda rows, u: tuple(y[rows] for y in prompt)
+    return lambda rows, u: tuple(annealed_noise(y[rows], n[rows], u, scale, tau1, tau2, psi) for y, n in zip(prompt, noise))

@@ -34,6 +34,21 @@ class Classifier(nn.Module):
         return self.head(self.features(images))                          # logits [B, 10]
 
 
+def check_classifier(folder):
+    """Raises ValueError, in one line, if a classifier folder cannot be loaded; no weight is read."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        width = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["width"]
+        with torch.device("meta"):
+            expected = {name: list(value.shape) for name, value in Classifier(width).state_dict().items()}
+        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        if found != expected:
+            raise ValueError("config.json and model.safetensors disagree")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: not a classifier folder ({type(error).__name__}: {error})") from None
+
+
 def load_classifier(folder, device="cpu"):
     """A classifier folder (config.json, model.safetensors), frozen."""
     from safetensors.torch import load_file

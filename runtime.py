@@ -7,6 +7,7 @@ disk and renamed, so a kill leaves the old file or the new one; the same command
 """
 import argparse
 import dataclasses
+import hashlib
 import inspect
 import json
 import os
@@ -121,9 +122,9 @@ def sum_gradients(parameters):
             p.grad.copy_(g.view_as(p))
 
 
-def all_max(number):
+def all_max(number, device):
     """The largest of a number over the processes."""
-    tensor = torch.tensor(number, dtype=torch.float64, device="cuda" if torch.cuda.is_available() and world() > 1 else "cpu")
+    tensor = torch.tensor(number, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
@@ -154,9 +155,18 @@ def write_atomic(path, write):
     os.replace(temporary, path)
 
 
+def run_name(changed):
+    """The default --out: runs/ and the flags that were changed; a name too long for a folder is cut and ends in its hash."""
+    name = ",".join(f"{k}={v}" for k, v in changed.items()).replace("/", "_") or "default"
+    return "runs/" + (name if len(name.encode()) <= 200 else f"{name.encode()[:180].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:12]}")
+
+
 def open_run(out, config, free=()):
     """Prepares the run folder, or checks that it belongs to this configuration. Raises ValueError naming the flags that differ."""
     path = Path(out) / "config.json"
+    blocked = [p for p in Path(out).parents if os.path.exists(p) and not os.path.isdir(p)]
+    if blocked or max(map(len, map(os.fsencode, path.parts))) > 255:
+        raise ValueError(f"--out {str(out)[:500]}: {'its parent ' + str(blocked[0]) + ' is a file' if blocked else 'the name is too long'}; choose another --out")
     if path.is_file():
         try:
             before = json.loads(path.read_text())
@@ -165,7 +175,7 @@ def open_run(out, config, free=()):
             differ = ["config.json is unreadable"]
         if differ:
             raise ValueError(f"--out {out}: belongs to another configuration ({'; '.join(differ)}); choose another --out or the same flags")
-    elif Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+    elif Path(out).exists() and (not Path(out).is_dir() or any(not p.name.startswith(".tmp-") for p in Path(out).iterdir())):
         raise ValueError(f"--out {out}: exists and is not a run of this program (no config.json); choose another --out")
 
 
@@ -178,7 +188,7 @@ def save_checkpoint(out, step, weights, optimizer, lines, keep):
         (folder / "state.json").write_text(json.dumps({"step": step, "lines": lines}))
     if rank() == 0:
         write_atomic(Path(out) / f"checkpoint-{step:05d}", write)
-        for old in sorted(Path(out).glob("checkpoint-*"))[:-keep]:
+        for old in checkpoints(out)[:-keep]:
             shutil.rmtree(old)
 
 
@@ -187,9 +197,13 @@ def save_model(folder, model):
         write_atomic(folder, model.save)
 
 
+def checkpoints(out):
+    return sorted(Path(out).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+
+
 def newest_checkpoint(out):
     """-> (folder, its state) or (None, {"step": 0, "lines": 0})."""
-    found = sorted(Path(out).glob("checkpoint-*"))
+    found = checkpoints(out)
     return (found[-1], json.loads((found[-1] / "state.json").read_text())) if found else (None, {"step": 0, "lines": 0})
 
 
@@ -223,15 +237,23 @@ class Log:
         if rank() == 0:
             Path(out).mkdir(parents=True, exist_ok=True)
             kept = self.path.read_text().splitlines(True)[:lines] if self.path.is_file() else []
+            write_atomic(Path(out) / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))  # first: it marks a run
             write_atomic(self.path, lambda temporary: temporary.write_text("".join(kept)))
-            write_atomic(Path(out) / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
             self.lines = len(kept)
 
     def write(self, row):
         if rank() == 0:
             with open(self.path, "a") as file:
-                file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+                file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
             self.lines += 1
+
+
+def before_and_after(out):
+    """The table that closes a run, from the first and the last evaluation in metrics.jsonl."""
+    rows = [row for row in map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines()) if "eval/fid" in row]
+    lines = [f"{'':12}{'before':>10}{'after':>10}"]
+    lines += [f"{name[5:]:12}{rows[0][name]:10.3f}{rows[-1][name]:10.3f}" for name in rows[0] if name.startswith("eval/")]
+    return "\n".join(lines) + f"\n{out}: {rows[-1]['iteration']} iterations; pictures in grids/, the tuned model in model/"
 
 
 def to_uint8(images):

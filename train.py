@@ -12,6 +12,7 @@ arXiv 2505.05470; DRIFT, arXiv 2601.12401). Simplifications, on purpose:
 import dataclasses
 import json
 import math
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from tqdm import tqdm
 import eval as evaluation
 import models
 import runtime
-from prompting import annealed_noise, draw_prompts, read_prompts
-from rewards import Reward, check_labels, load_classifier, parse as parse_reward
+from prompting import draw_prompts, noised_prompt, read_prompts
+from rewards import Reward, check_classifier, check_labels, load_classifier, parse as parse_reward
 from sampling import Policy, concentrated_subset, log_prob, rollout, seeded_noise
 from shaping import group_diversity, shaped_returns
 
@@ -41,7 +42,7 @@ class Args:
     prompts: str = ""                               # prompts to train on, .txt or .jsonl (default: the model folder's prompts.jsonl)
     reward: str = "class:1"                         # what to raise: a weighted sum of class, margin, ink
     out: str = ""                                   # run folder (default: runs/ and the flags that differ from the defaults)
-    iterations: int = 40                            # times to sample and train
+    iterations: int = 60                            # times to sample and train
     seed: int = 0                                   # of prompts and noise in training
     drift: Literal["on", "off"] = "on"              # off: plain GRPO, that is --select all --prompt_noise 0 --diversity 0
     dry_run: bool = False                           # print configuration and sizes, and stop
@@ -55,14 +56,14 @@ class Args:
     guidance: float = 1.0                           # classifier-free guidance, in training and evaluation
     # DRIFT (i): concentrated subset
     select: Literal["window", "median", "band", "trim", "all", "spread"] = "window"  # rule by which rollouts are kept for the update
-    keep: int = 12                                  # rollouts kept of each group
+    keep: int = 15                                  # rollouts kept of each group
     # DRIFT (ii): prompt noise
-    prompt_noise: float = 0.25                      # scale s of the noise on the prompt embedding; 0 switches it off
+    prompt_noise: float = 0.5                       # scale s of the noise on the prompt embedding; 0 switches it off
     tau1: float = 0.6                               # no noise when less than this fraction of the steps is still to go
     tau2: float = 1.2                               # all noise when more than this is to go; above 1: never all noise
     psi: float = 1.0                                # how far the noised embedding is rescaled to its own mean and std
     # DRIFT (iii): diversity shaping
-    diversity: float = 0.3                          # weight of the shaped diversity beside the normalised reward; 0 switches it off
+    diversity: float = 0.2                          # weight of the shaped diversity beside the normalised reward; 0 switches it off
     diversity_features: Literal["reward", "latents"] = "reward"  # where distances are measured: the reward network, or the latents
     metric: Literal["cosine", "euclidean"] = "cosine"  # distance of two rollouts
     nearest: int = 3                                # mean distance to this many nearest of the group; 0: to all
@@ -112,8 +113,7 @@ def check(args):
         if not ok:
             raise ValueError(message)
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in ("out", "dry_run") and getattr(args, f.name) != f.default}
-    out = args.out or "runs/" + (",".join(f"{k}={v}" for k, v in changed.items()).replace("/", "_") or "default")
-    args = dataclasses.replace(args, out=out, **{"select": "all", "prompt_noise": 0.0, "diversity": 0.0} if args.drift == "off" else {})
+    args = dataclasses.replace(args, out=args.out or runtime.run_name(changed), **{"select": "all", "prompt_noise": 0.0, "diversity": 0.0} if args.drift == "off" else {})
     args = dataclasses.replace(args, keep=args.group_size if args.select == "all" else args.keep)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
@@ -127,21 +127,18 @@ def check(args):
     pairs = args.prompts_per_step * args.keep * (end - first)
     need(pairs % args.updates == 0, f"--updates {args.updates}: does not divide the {pairs} (rollout, step) pairs of an iteration")
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
+    rollouts, processes = args.prompts_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
+    need(processes <= rollouts, f"--nproc_per_node: {processes} processes, but an iteration has only {rollouts} rollouts (--prompts_per_step x --group_size)")
     parse_reward(args.reward)
     folder = models.check(args.model)
-    for part in ("reward/config.json", "reward/model.safetensors", "evaluator/config.json", "evaluator/model.safetensors", "evaluator/real.npz"):
-        need((folder / part).is_file(), f"--model {args.model}: {part} is missing, and rewards and evaluation need it")
+    check_classifier(folder / "reward"), check_classifier(folder / "evaluator"), evaluation.check_real(folder / "evaluator" / "real.npz")
     args = dataclasses.replace(args, prompts=args.prompts or str(folder / "prompts.jsonl"), eval_prompts=args.eval_prompts or str(folder / "eval_prompts.jsonl"))
     prompts, judged = read_prompts(args.prompts), read_prompts(args.eval_prompts)
     check_labels(prompts, args.prompts), check_labels(judged, args.eval_prompts)
     need(args.eval_images % len(judged) == 0 and args.eval_images >= 2 * len(judged),
          f"--eval_images {args.eval_images}: must be a multiple of the {len(judged)} prompts of {args.eval_prompts}, two each at least")
-    runtime.open_run(args.out, config(args), free=("out",))
+    runtime.open_run(args.out, vars(args), free=("out", "dry_run"))
     return args, prompts, judged
-
-
-def config(args):
-    return {k: v for k, v in dataclasses.asdict(args).items() if k != "dry_run"}
 
 
 def plan(args, prompts):
@@ -198,25 +195,22 @@ def credit(args, rewards, potential, closest):
 # ---------------------------------------------------------------------------------------------------------------------
 # The two phases. A process handles its share of the P x N rollouts; `table` and `null` are prompt embeddings.
 
-def noised_prompt(args, prompt, step, samples):
-    """-> condition(rows, u): the rollouts' prompts under DRIFT's annealed noise, one noise a rollout, the same in rollout and update."""
-    if not args.prompt_noise:
-        return lambda rows, u: tuple(y[rows] for y in prompt)
-    noise = tuple(seeded_noise((PROMPT_STREAM, args.seed, step, part), samples, y.shape[1:]).to(y) for part, y in enumerate(prompt))
-    return lambda rows, u: tuple(annealed_noise(y[rows], n[rows], u, args.prompt_noise, args.tau1, args.tau2, args.psi) for y, n in zip(prompt, noise))
-
-
 def sample_groups(args, model, policy, table, null, reward, prompts, step):
     """SAMPLE: rolls out this process's share -> its trajectory; and of all rollouts: rewards, their terms, potentials, nearest distances."""
     P, N, W = args.prompts_per_step, args.group_size, len(policy.window)
     samples = runtime.share(P * N)
     who = draw_prompts(len(prompts), P, args.seed, step)[np.array(samples) // N]              # the prompt of each rollout
     noise = seeded_noise((ROLLOUT_STREAM, args.seed, step), samples, (1 + W, *model.shape)).to(model.device)
-    condition = noised_prompt(args, tuple(y[torch.as_tensor(who, device=y.device)] for y in table), step, samples)
+    prompt = tuple(y[torch.as_tensor(who, device=y.device)] for y in table)
+    prompt_noise = tuple(seeded_noise((PROMPT_STREAM, args.seed, step, n), samples, y.shape[1:]).to(y) for n, y in enumerate(prompt))
+    condition = noised_prompt(prompt, prompt_noise, args.prompt_noise, args.tau1, args.tau2, args.psi)
     trajectory = rollout(model, policy, condition, noise[:, 0] * policy.path.sigma(policy.times[0]).item(), noise[:, 1:], null, args.batch)
     with torch.inference_mode():
         images = model.decode(trajectory.latents[-1])                                         # [B, 3, H, W]
-        total, terms = reward(images, [prompts[w].text for w in who], [prompts[w].metadata for w in who])
+        try:
+            total, terms = reward(images, [prompts[w].text for w in who], [prompts[w].metadata for w in who])
+        except FloatingPointError as error:
+            raise FloatingPointError(f"iteration {step + 1}: {error}; stopped before the update") from None
         states = [*trajectory.x0_hats[policy.window.start:policy.window.stop], trajectory.latents[-1]]        # W + 1 of [B, ...]
         look = (lambda x: reward.features(model.decode(x))) if args.diversity_features == "reward" else (lambda x: x.flatten(1))
         features = runtime.gather(torch.stack([look(x) for x in states], 1), P * N).transpose(0, 1).reshape(W + 1, P, N, -1)
@@ -237,7 +231,7 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
         optimizer.zero_grad()
         tally = torch.zeros(4, dtype=torch.float64, device=model.device)
         mine = chunk[(kept[chunk % len(kept)] >= samples.start) & (kept[chunk % len(kept)] < samples.stop)]
-        for pairs in mine.split(args.batch):
+        for pairs in mine.split(args.batch) if len(mine) else ():
             w, j = pairs // len(kept), pairs % len(kept)
             k, row = w + policy.window.start, kept[j] - samples.start                         # step of the schedule, rollout of ours
             prompt = trajectory.condition(row, policy.fraction(k))
@@ -254,7 +248,7 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
             ratio_error = max(ratio_error, error.max().item()) if n == 0 else ratio_error
         runtime.sum_gradients(trained)
         totals, norm = totals + runtime.all_sum(tally), torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).item()
-        ratio_error = runtime.all_max(ratio_error) if n == 0 else ratio_error
+        ratio_error = runtime.all_max(ratio_error, model.device) if n == 0 else ratio_error
         check_update(args, step, totals, norm, ratio_error)
         optimizer.step()
     loss, kl, clipped, count = totals.tolist()
@@ -290,7 +284,7 @@ def train(args, prompts, judged):
     newest, state = runtime.newest_checkpoint(out)
     if newest:
         runtime.load_checkpoint(newest, everything, optimizer)
-    log = runtime.Log(out, config(args), state["lines"])
+    log = runtime.Log(out, vars(args), state["lines"])
 
     def evaluate(iteration):
         with runtime.swapped(weights, average):
@@ -317,8 +311,8 @@ def train(args, prompts, judged):
         for name, value in average.items():
             value.lerp_(weights[name].detach(), 1 - args.ema)
         # ------------------------------------------------ LOG
-        row |= {"reward": rewards.mean().item(), "diversity": potential[-1].mean().item(), "zero_std_fraction": (rewards.std(1) < 1e-6).double().mean().item()}
-        row |= {"reward/" + name: value.mean().item() for name, value in terms.items()}
+        row |= {"reward": rewards.mean().item(), **{"reward/" + name: value.mean().item() for name, value in terms.items()}}
+        row |= {"diversity": potential[-1].mean().item(), "zero_std_fraction": (rewards.std(1) < 1e-6).double().mean().item()}
         row |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled, "peak_memory_gb": runtime.peak_memory(device)}
         bar.set_postfix(reward=f"{row['reward']:.3f}", diversity=f"{row['diversity']:.3f}", ratio_error=f"{row['ratio_error']:.0e}")
         last = step + 1 == args.iterations
@@ -331,14 +325,6 @@ def train(args, prompts, judged):
             runtime.save_checkpoint(out, step + 1, everything, optimizer, log.lines, args.keep_checkpoints)
 
 
-def report(out):
-    """The table before -> after, from metrics.jsonl."""
-    rows = [row for row in map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines()) if "eval/fid" in row]
-    lines = [f"{'':12}{'before':>10}{'after':>10}"]
-    lines += [f"{name[5:]:12}{rows[0][name]:10.3f}{rows[-1][name]:10.3f}" for name in rows[0] if name.startswith("eval/")]
-    return "\n".join(lines) + f"\n{out}: {rows[-1]['iteration']} iterations; pictures in grids/, the tuned model in model/"
-
-
 @record
 def main(argv=None):
     args = runtime.parse_args(Args, __doc__, argv)
@@ -347,15 +333,14 @@ def main(argv=None):
     except ValueError as error:
         runtime.refuse(error)
     if runtime.rank() == 0:
-        print(json.dumps(config(args)), plan(args, prompts), sep="\n", flush=True)
+        print(json.dumps(vars(args)), plan(args, prompts), sep="\n", flush=True)
     if args.dry_run:
         return
-    if runtime.newest_checkpoint(args.out)[1]["step"] == args.iterations:
-        print(f"{args.out}: already complete")
-    else:
+    complete = runtime.newest_checkpoint(args.out)[1]["step"] == args.iterations
+    if not complete:
         train(args, prompts, judged)
     if runtime.rank() == 0:
-        print(report(args.out))
+        print(f"{args.out}: already complete\n" * complete + runtime.before_and_after(args.out))
     runtime.finish()
 
 
