@@ -82,7 +82,7 @@ def attributes(images, labels):
     width = garment.any(2).sum((1, 2)).float()
     third = lambda value, among: 1 + (value > among.quantile(2 / 3)).long() - (value < among.quantile(1 / 3)).long()
     by_class = torch.ones_like(labels)
-    for c in range(10):
+    for c in labels.unique():
         mine = labels == c
         by_class[mine] = third(width[mine], width[mine])
     return third(shade, shade), by_class
@@ -236,14 +236,14 @@ def write_prompts(folder):
         (folder / name).write_text("".join(json.dumps({"prompt": p, "label": c}) + "\n" for p, c in lines), encoding="utf-8")
 
 
-def report(folders, judge, test, test_labels):
-    """Quality with 20 deterministic steps: 5,000 fresh pictures at balanced prompts, and as a floor 5,000 real test pictures."""
+def report(folders, judge, test, test_labels, pictures):
+    """Quality with 20 deterministic steps of fresh pictures at balanced prompts, and, as a floor, of as many real test pictures."""
     real, evaluator = np.load(judge / "evaluator" / "real.npz"), load_classifier(judge / "evaluator")
-    prompts = read_prompts(judge / "eval_prompts.jsonl")
-    rows = [("real test pictures", torch.cat([test[test_labels == p.metadata["label"]][:500] for p in prompts]))]
+    prompts, each = read_prompts(judge / "eval_prompts.jsonl"), pictures // 10
+    rows = [("real test pictures", torch.cat([test[test_labels == p.metadata["label"]][:each] for p in prompts]))]
     for folder in folders:
         model = models.load(folder)
-        rows += [(f"{folder}, guidance {g}", evaluation.generate(model, prompts, 500, 20, g, seed=0, batch=500)) for g in (1.0, 1.5, 2.0)]
+        rows += [(f"{folder}, guidance {g}", evaluation.generate(model, prompts, each, 20, g, seed=0, batch=500)) for g in (1.0, 1.5, 2.0)]
     for name, images in rows:
         scores = evaluation.score(images, [p.metadata["label"] for p in prompts], evaluator, real)
         print(f"{name:40} accuracy {scores['accuracy']:.3f}  Frechet distance {scores['fid']:.3f}  Vendi {scores['vendi']:.1f}", flush=True)
@@ -258,11 +258,12 @@ def main():
     parser.add_argument("--early", default=None, help="also write the generator as it was after its first 300 seconds to this folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", action="store_true", help="build nothing; print the quality of --out, and of --early if given")
+    parser.add_argument("--pictures", type=int, default=5000, help="pictures of the report")
     args = parser.parse_args()
     out, (images, labels), (test, test_labels) = Path(args.out), load_split(args.data, "train"), load_split(args.data, "t10k")
     folders = [f for f in (args.early, out) if f]
     if args.report:
-        return report(folders, out, test, test_labels)
+        return report(folders, out, test, test_labels, args.pictures)
     out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     write_prompts(out)
@@ -279,7 +280,7 @@ def main():
             right = torch.cat([model(x).argmax(1) for x in test.split(1000)]) == test_labels
         print(f"{name}: accuracy on the 10,000 test pictures {right.float().mean():.4f}")
     print(f"{out}: built in {(time.time() - start) / 60:.1f} minutes")
-    report(folders, out, test, test_labels)
+    report(folders, out, test, test_labels, args.pictures)
 
 
 if __name__ == "__main__":

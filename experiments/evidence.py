@@ -109,6 +109,21 @@ def draw(runs, path):
     figure.savefig(path, dpi=110)
 
 
+def draw_grids(out, path, seed=0):
+    """The same noise through the base model, after plain GRPO and after DRIFT; one row a prompt."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    grids = {title: sorted((out / f"{name}-{seed}" / "grids").glob("*.png"))[which] for title, name, which in (
+        ("base model", "plain GRPO", 0), ("plain GRPO", "plain GRPO", -1), ("DRIFT", "DRIFT, all", -1))}
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.3))
+    for axis, (title, file) in zip(axes, grids.items()):
+        axis.imshow(plt.imread(file), interpolation="nearest")
+        axis.set_title(title), axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default="runs/evidence", help="folder for the runs")
@@ -117,12 +132,13 @@ def main():
     args = parser.parse_args()
     out, seeds = ROOT / args.out, range(args.seeds)
     if not args.report:
-        jobs = [(out / f"{name}-{seed}", COMMON | flags | {"seed": seed}, 1) for name, flags in METHODS.items() for seed in seeds]
+        jobs = [(out / f"{name}-{seed}", COMMON | flags | {"seed": seed}, 1) for seed in seeds for name, flags in METHODS.items()]
         jobs.sort(key=lambda job: not job[0].name.startswith(("plain", "DRIFT, all")))             # the main comparison first
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, jobs))
     runs = table(out, METHODS, seeds)
     draw(runs, ROOT / "experiments" / "evidence.png")
+    draw_grids(out, ROOT / "experiments" / "grids.png")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_a_run_folder_of_another_configuration(tiny, tmp_path, refused, change, 
     out = tmp_path / "old"
     out.mkdir()
     args = train.check(train.runtime.parse_args(train.Args, "", small(tiny, tmp_path / "run")))[0]
-    (out / "config.json").write_text(json.dumps(train.config(dataclasses.replace(args, out=str(out)))))
+    (out / "config.json").write_text(json.dumps(vars(dataclasses.replace(args, out=str(out)))))
     refused(small(tiny, out, *change.split()), out, naming)
     train.check(train.runtime.parse_args(train.Args, "", small(tiny, out)))
 

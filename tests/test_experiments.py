@@ -1,0 +1,152 @@
+"""The commands in experiments/ at small size, and the embedded base that one of them built."""
+import gzip
+import json
+import re
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import build_tiny
+import evidence
+import models
+import train
+from conftest import ROOT, launch, read_metrics
+
+TINY = ROOT / "assets" / "tiny"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded base.
+
+def test_the_embedded_base_is_small_whole_and_free_of_code():
+    files = [f for f in TINY.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 8e6
+    assert {f.suffix for f in files} == {".json", ".jsonl", ".safetensors", ".npz"}
+    with safe_open(TINY / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as weights:
+        assert 2e6 < sum(int(np.prod(weights.get_slice(k).get_shape())) for k in weights.keys()) < 4e6
+    assert models.check(TINY) == TINY
+
+
+def test_a_prompt_of_the_embedded_base_says_what_is_drawn():
+    """Brightness is not part of any reward: words alone must change it."""
+    import eval as evaluation
+    from prompting import Prompt
+    from rewards import load_classifier
+    model, judge = models.load(TINY), load_classifier(TINY / "evaluator")
+    prompts = [Prompt("photo of a dark bag"), Prompt("photo of a light bag"), Prompt("picture of trousers"), Prompt("a boot")]
+    images = evaluation.generate(model, prompts, 12, 10, 1.5, seed=3, batch=48)
+    brightness = images.mean((1, 2, 3)).reshape(4, 12).mean(1)
+    assert brightness[1] > brightness[0] + 0.15
+    drawn = judge(images).argmax(1).reshape(4, 12)
+    assert all((drawn[row] == label).float().mean() > 0.7 for row, label in ((0, 8), (1, 8), (2, 1), (3, 9)))
+
+
+def test_a_short_run_on_the_embedded_base(tmp_path):
+    launch(["--out", str(tmp_path / "run"), "--iterations", "2", "--eval_images", "40", "--eval_every", "2", "--device", "cpu"])
+    rows = read_metrics(tmp_path / "run")
+    assert rows[0]["eval/accuracy"] > 0.75 and rows[0]["eval/vendi"] > 2.5
+    assert all(row["ratio_error"] <= 1e-6 and row["grad_norm"] > 0 for row in rows[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building it.
+
+def write_idx(path, array):
+    with gzip.open(path, "wb") as file:
+        file.write(b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four idx files: pictures with a bright box whose place depends on the class."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 600), ("t10k", 60)):
+        labels, images = np.arange(n) % 10, rng.integers(0, 20, (n, 28, 28))
+        for image, label in zip(images, labels):
+            image[4:24, 2 + label:8 + 2 * label] = rng.integers(60, 255)
+        write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", images), write_idx(tmp_path / f"{split}-labels-idx1-ubyte.gz", labels)
+    return tmp_path
+
+
+def test_the_build_command_makes_a_base_that_trains(data, tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "build_tiny.py"), "--data", str(data), "--out", str(tmp_path / "base"), "--steps", "3",
+               "--classifier_epochs", "1", "--pictures", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"Frechet distance \d", done.stdout)) == 4     # real pictures, and three strengths of guidance
+    made = {str(f.relative_to(tmp_path / "base")) for f in (tmp_path / "base").rglob("*") if f.is_file()}
+    assert made == {str(f.relative_to(TINY)) for f in TINY.rglob("*") if f.is_file()}
+    launch(["--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), "--iterations", "1", "--eval_images", "20", "--eval_steps", "2",
+            "--prompts_per_step", "2", "--group_size", "4", "--keep", "3", "--device", "cpu"])
+    assert read_metrics(tmp_path / "run")[-1]["iteration"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x01\0\0\0\x05abc", b"not an idx file at all", b"\x1f\x8b broken gzip"])
+def test_a_broken_idx_file_is_named(tmp_path, content):
+    path = tmp_path / ("images.gz" if content.startswith(b"\x1f") else "images")
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match=f"{path}.*idx"):
+        build_tiny.read_idx(path)
+
+
+def test_captions_are_true_of_their_pictures():
+    images, labels = torch.zeros(90, 1, 28, 28), torch.zeros(90, dtype=torch.long)
+    for i in range(90):                                                  # three shades, three widths
+        images[i, :, 5:20, 2:6 + 8 * (i // 30)] = 0.3 * (1 + i % 3)
+    shades, widths = build_tiny.attributes(images, labels)
+    assert shades.tolist() == [i % 3 for i in range(90)] and widths.tolist() == [i // 30 for i in range(90)]
+    rng, said = np.random.default_rng(0), set()
+    for _ in range(300):
+        words = build_tiny.caption(rng, 4, 0, 2).split()
+        assert not {"grey", "light", "narrow"} & set(words) and {"coat", "jacket"} & set(words)
+        said |= set(words)
+    assert {"dark", "wide", "photo", "picture", "coat", "jacket"} <= said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs.
+
+def curve(alignment, diversity):
+    return {"eval/log_prob": np.array(alignment, float), "eval/vendi": np.array(diversity, float)}
+
+
+def test_the_front_is_the_best_that_a_curve_shows():
+    x, y = np.array([0.0, 1, 2, 1.5]), np.array([10.0, 8, 4, 9])
+    assert evidence.front(x, y, [0, 1, 2]).tolist() == pytest.approx([10, 9, 4], abs=0.1)
+    assert np.isnan(evidence.front(x, y, [2.5])).all()
+
+
+def test_gains_of_a_curve_against_itself_are_zero_and_of_a_shifted_one_the_shift():
+    plain = curve([-1, -0.8, -0.6, -0.4], [20, 16, 12, 8])
+    assert evidence.gain_at_equal_alignment(plain, plain) == (0, 0) and evidence.gain_at_equal_diversity(plain, plain) == 0
+    better = curve([-1, -0.8, -0.6, -0.4], [30, 24, 18, 12])
+    assert evidence.gain_at_equal_alignment(better, plain) == pytest.approx((0.5, 0.5))
+    faster = curve([-1, -0.7, -0.4, -0.1], [20, 16, 12, 8])              # half as much again, at every diversity
+    assert evidence.gain_at_equal_diversity(faster, plain) == pytest.approx(0.5, abs=1e-6)
+    short = curve([-1, -0.8], [20, 18])                                  # what it never reached is not credited
+    assert evidence.gain_at_equal_alignment(short, plain) == pytest.approx((0.0625 * 1.1, 0.125), abs=0.03)
+
+
+def test_the_report_reads_runs_and_draws(tmp_path, capsys):
+    for name, end in (("plain GRPO", 5.0), ("DRIFT, all", 9.0)):
+        for seed in range(2):
+            (tmp_path / f"{name}-{seed}" / "model").mkdir(parents=True)
+            rows = [{"iteration": i, "eval/accuracy": 0.8 + 0.01 * i, "eval/log_prob": -0.5 + 0.01 * i, "eval/vendi": 10 + (end - 10) * i / 20,
+                     "eval/distance": 5.0, "eval/fid": 2.0} for i in (0, 10, 20)]
+            (tmp_path / f"{name}-{seed}" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    runs = evidence.table(tmp_path, evidence.METHODS, range(2))
+    lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "+0.0 +- 0.0" in lines["plain GRPO"] and "+80.0 +- 0.0" in lines["DRIFT, all"]
+    evidence.draw(runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10000
+
+
+def test_the_methods_of_the_evidence_are_command_lines():
+    for flags in evidence.METHODS.values():
+        argv = [word for k, v in (evidence.COMMON | flags).items() for word in (f"--{k}", str(v)) if word]
+        train.check(train.runtime.parse_args(train.Args, "", [*argv, "--model", str(TINY)]))
