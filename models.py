@@ -77,7 +77,8 @@ class StableDiffusion3:
             library.utils.logging.disable_progress_bar()
         self.folder, self.device, self.precision = folder, device, precision
         self.network = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).to(device).eval()
-        self.text_encoder = transformers.CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32).to(device).eval()
+        encoder = transformers.CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+        self.text_encoder = encoder.to(device).eval()
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
         self.path = Flow(json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"])
         self.shape = (self.network.config.in_channels, *[self.network.config.sample_size] * 2)

@@ -109,8 +109,10 @@ class Reward:
         labels = torch.tensor([m["label"] for m in metadata], device=images.device)
         terms = {name: NAMES[name](logits, labels, images).float() for name in self.weights}
         for name, value in terms.items():
-            if value.shape != (len(images),) or not value.isfinite().all():
-                raise FloatingPointError(f"the reward {name} returned {'a non-finite number' if value.shape == (len(images),) else tuple(value.shape)}")
+            if value.shape != (len(images),):
+                raise FloatingPointError(f"the reward {name} returned the shape {tuple(value.shape)} for {len(images)} pictures")
+            if not value.isfinite().all():
+                raise FloatingPointError(f"the reward {name} returned a non-finite number")
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
     def features(self, images):

@@ -158,7 +158,8 @@ def write_atomic(path, write):
 def run_name(changed):
     """The default --out: runs/ and the flags that were changed; a name too long for a folder is cut and ends in its hash."""
     name = ",".join(f"{k}={v}" for k, v in changed.items()).replace("/", "_") or "default"
-    return "runs/" + (name if len(name.encode()) <= 200 else f"{name.encode()[:180].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:12]}")
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return "runs/" + (name if len(name.encode()) <= 200 else f"{name.encode()[:180].decode(errors='ignore')}-{digest}")
 
 
 def open_run(out, config, free=()):
@@ -166,11 +167,13 @@ def open_run(out, config, free=()):
     path = Path(out) / "config.json"
     blocked = [p for p in Path(out).parents if os.path.exists(p) and not os.path.isdir(p)]
     if blocked or max(map(len, map(os.fsencode, path.parts))) > 255:
-        raise ValueError(f"--out {str(out)[:500]}: {'its parent ' + str(blocked[0]) + ' is a file' if blocked else 'the name is too long'}; choose another --out")
+        reason = f"its parent {blocked[0]} is a file" if blocked else "the name is too long"
+        raise ValueError(f"--out {str(out)[:500]}: {reason}; choose another --out")
     if path.is_file():
         try:
             before = json.loads(path.read_text())
-            differ = [f"--{k} {before.get(k)!r} there, {config.get(k)!r} here" for k in sorted({*before, *config} - {*free}) if before.get(k) != config.get(k)]
+            keys = sorted(k for k in {*before, *config} - {*free} if before.get(k) != config.get(k))
+            differ = [f"--{k} {before.get(k)!r} there, {config.get(k)!r} here" for k in keys]
         except (ValueError, AttributeError):
             differ = ["config.json is unreadable"]
         if differ:
@@ -237,7 +240,8 @@ class Log:
         if rank() == 0:
             Path(out).mkdir(parents=True, exist_ok=True)
             kept = self.path.read_text().splitlines(True)[:lines] if self.path.is_file() else []
-            write_atomic(Path(out) / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))  # first: it marks a run
+            marks_a_run = json.dumps(config, indent=2) + "\n"           # so it is written first
+            write_atomic(Path(out) / "config.json", lambda temporary: temporary.write_text(marks_a_run))
             write_atomic(self.path, lambda temporary: temporary.write_text("".join(kept)))
             self.lines = len(kept)
 

@@ -112,27 +112,29 @@ def check(args):
     def need(ok, message):
         if not ok:
             raise ValueError(message)
-    changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name not in ("out", "dry_run") and getattr(args, f.name) != f.default}
-    args = dataclasses.replace(args, out=args.out or runtime.run_name(changed), **{"select": "all", "prompt_noise": 0.0, "diversity": 0.0} if args.drift == "off" else {})
+    default, off = vars(Args()), {"select": "all", "prompt_noise": 0.0, "diversity": 0.0}
+    changed = {k: v for k, v in vars(args).items() if k not in ("out", "dry_run") and v != default[k]}
+    args = dataclasses.replace(args, out=args.out or runtime.run_name(changed), **(off if args.drift == "off" else {}))
     args = dataclasses.replace(args, keep=args.group_size if args.select == "all" else args.keep)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
-        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a number {f'from {low:g} to {high:g}' if high < math.inf else f'of at least {low:g}'}")
+        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
     need(args.keep <= args.group_size, f"--keep {args.keep}: is more than --group_size {args.group_size}")
     need(args.nearest < args.group_size, f"--nearest {args.nearest}: must be below --group_size {args.group_size}")
     need(args.tau1 < args.tau2, f"--tau1 {args.tau1}: must be below --tau2 {args.tau2}")
     need(re.fullmatch(r"\d+:\d+", args.window), f"--window {args.window}: write first:end, as in 0:4")
     first, end = map(int, args.window.split(":"))
-    need(first < end < args.steps, f"--window {args.window}: must hold a step and end by {args.steps - 1}: the last of --steps {args.steps} is noise-free")
+    need(first < end < args.steps, f"--window {args.window}: must hold a step and end by {args.steps - 1}, before the last of --steps")
     pairs = args.prompts_per_step * args.keep * (end - first)
     need(pairs % args.updates == 0, f"--updates {args.updates}: does not divide the {pairs} (rollout, step) pairs of an iteration")
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     rollouts, processes = args.prompts_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
-    need(processes <= rollouts, f"--nproc_per_node: {processes} processes, but an iteration has only {rollouts} rollouts (--prompts_per_step x --group_size)")
+    need(processes <= rollouts, f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share")
     parse_reward(args.reward)
     folder = models.check(args.model)
     check_classifier(folder / "reward"), check_classifier(folder / "evaluator"), evaluation.check_real(folder / "evaluator" / "real.npz")
-    args = dataclasses.replace(args, prompts=args.prompts or str(folder / "prompts.jsonl"), eval_prompts=args.eval_prompts or str(folder / "eval_prompts.jsonl"))
+    args = dataclasses.replace(args, prompts=args.prompts or str(folder / "prompts.jsonl"),
+                               eval_prompts=args.eval_prompts or str(folder / "eval_prompts.jsonl"))
     prompts, judged = read_prompts(args.prompts), read_prompts(args.eval_prompts)
     check_labels(prompts, args.prompts), check_labels(judged, args.eval_prompts)
     need(args.eval_images % len(judged) == 0 and args.eval_images >= 2 * len(judged),
