@@ -243,7 +243,7 @@ def report(folders, judge, test, test_labels, pictures):
     rows = [("real test pictures", torch.cat([test[test_labels == p.metadata["label"]][:each] for p in prompts]))]
     for folder in folders:
         model = models.load(folder, precision="bfloat16")
-        rows += [(f"{folder}, guidance {g}", evaluation.generate(model, prompts, each, 20, g, seed=0, batch=500)) for g in (1.0, 1.5)]
+        rows += [(f"{folder}, guidance {g}", evaluation.generate(model, prompts, each, 20, g, seed=0, batch=500)) for g in (1.0, 1.5, 2.0)]
     for name, images in rows:
         scores = evaluation.score(images, [p.metadata["label"] for p in prompts], evaluator, real)
         print(f"{name:40} accuracy {scores['accuracy']:.3f}  Frechet distance {scores['fid']:.3f}  Vendi {scores['vendi']:.1f}", flush=True)

@@ -78,7 +78,7 @@ def test_the_build_command_makes_a_base_that_trains(data, tmp_path):
                "--classifier_epochs", "1", "--pictures", "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"Frechet distance \d", done.stdout)) == 3     # real pictures, and two strengths of guidance
+    assert len(re.findall(r"Frechet distance \d", done.stdout)) == 4     # real pictures, and three strengths of guidance
     made = {str(f.relative_to(tmp_path / "base")) for f in (tmp_path / "base").rglob("*") if f.is_file()}
     assert made == {str(f.relative_to(TINY)) for f in TINY.rglob("*") if f.is_file()}
     launch(["--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), "--iterations", "1", "--eval_images", "20", "--eval_steps", "2",
