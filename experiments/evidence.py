@@ -73,20 +73,28 @@ def run(job):
     print("done:", folder, flush=True)
 
 
+COLUMNS = ("run", "seeds", "accuracy", "log-prob", "Vendi", "distance", "FID", "diversity at equal alignment, %", "at the highest, %",
+           "alignment at equal diversity, %")
+
+
 def table(out, methods, seeds):
-    runs = {name: [load(out / f"{name}-{seed}") for seed in seeds if (out / f"{name}-{seed}/model").is_dir()] for name in methods}
-    spread = lambda values, scale=1: f"{scale * np.mean(values):+.1f} +- {scale * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0:.1f}"
-    plain = runs.get("plain GRPO")
-    print("| run | seeds | accuracy | log-prob | Vendi | distance | FID | diversity at equal alignment, % | at the highest, % | alignment at equal diversity, % |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    """Prints the markdown table of the finished runs and returns them, {method: {seed: evaluations}}."""
+    finished = lambda name: {seed: load(out / f"{name}-{seed}") for seed in seeds if (out / f"{name}-{seed}" / "model").is_dir()}
+    runs = {name: found for name in methods if (found := finished(name))}
+    print("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", sep="\n")
     for name, curves in runs.items():
-        if not curves:
-            continue
-        end = [f"{np.mean([c['eval/' + k][-1] for c in curves]):.3f}" for k in ("accuracy", "log_prob", "vendi", "distance", "fid")]
-        pairs = list(zip(curves, plain))
+        end = [f"{np.mean([c['eval/' + k][-1] for c in curves.values()]):.3f}" for k in ("accuracy", "log_prob", "vendi", "distance", "fid")]
+        pairs = [(curve, runs["plain GRPO"][seed]) for seed, curve in curves.items() if seed in runs.get("plain GRPO", {})]
         equal, back = [gain_at_equal_alignment(*pair) for pair in pairs], [gain_at_equal_diversity(*pair) for pair in pairs]
-        print(f"| {name} | {len(curves)} | {' | '.join(end)} | {spread([e[0] for e in equal], 100)} | {spread([e[1] for e in equal], 100)} | {spread(back, 100)} |")
+        print("| " + " | ".join([name, str(len(curves)), *end, *(spread(v) for v in ([e[0] for e in equal], [e[1] for e in equal], back))]) + " |")
     return runs
+
+
+def spread(values):
+    """Mean and standard error, in per cent."""
+    if len(values) < 2:
+        return f"{100 * values[0]:+.1f}" if values else "-"
+    return f"{100 * np.mean(values):+.1f} +- {100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
 
 
 def draw(runs, path):
@@ -97,10 +105,10 @@ def draw(runs, path):
     panels = [("eval/vendi", "diversity: Vendi score within a prompt (higher is better)"), ("eval/fid", "Frechet distance to real pictures (lower is better)")]
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2))
     for axis, (metric, label) in zip(axes, panels):
-        for n, (name, curves) in enumerate((name, curves) for name, curves in runs.items() if curves):
-            for curve in curves:
+        for n, (name, curves) in enumerate(runs.items()):
+            for curve in curves.values():
                 axis.plot(curve["eval/log_prob"], curve[metric], color=f"C{n}", lw=0.5, alpha=0.35)
-            x, y = (np.mean([c[k] for c in curves], 0) for k in ("eval/log_prob", metric))
+            x, y = (np.mean([c[k] for c in curves.values()], 0) for k in ("eval/log_prob", metric))
             axis.plot(x, y, color=f"C{n}", lw=2, marker="o", ms=3, label=name)
         axis.set(xlabel="alignment: held-out log-probability (higher is better)", ylabel=label)
         axis.grid(alpha=0.3)

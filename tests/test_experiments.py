@@ -136,7 +136,8 @@ def test_the_report_reads_runs_and_draws(tmp_path, capsys):
     for name, end in (("plain GRPO", 5.0), ("DRIFT, all", 9.0)):
         for seed in range(2):
             (tmp_path / f"{name}-{seed}" / "model").mkdir(parents=True)
-            rows = [{"iteration": i, "eval/accuracy": 0.8 + 0.01 * i, "eval/log_prob": -0.5 + 0.01 * i, "eval/vendi": 10 + (end - 10) * i / 20,
+            height = 10 * (1 + seed)                                     # each seed is compared with its own plain run
+            rows = [{"iteration": i, "eval/accuracy": 0.8 + 0.01 * i, "eval/log_prob": -0.5 + 0.01 * i, "eval/vendi": height * (1 + (end / 10 - 1) * i / 20),
                      "eval/distance": 5.0, "eval/fid": 2.0} for i in (0, 10, 20)]
             (tmp_path / f"{name}-{seed}" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     runs = evidence.table(tmp_path, evidence.METHODS, range(2))
