@@ -15,7 +15,7 @@ import torch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Paths. A time is a number; alpha and sigma take and return float64 tensors; times(steps) lists steps + 1 of them, noise first.
+# Paths. A time t is a number or a float64 tensor, and so are alpha(t) and sigma(t); times(steps) lists steps + 1 of them, noise first.
 
 class Path(NamedTuple):
     """A Gaussian path x_t = alpha(t) x_0 + sigma(t) eps and the times at which to sample it."""
@@ -38,7 +38,9 @@ def VP(alphas_cumprod, final=1.0, offset=1):
     `final` is 1 or abar[0] (the scheduler's set_alpha_to_one), `offset` its steps_offset (1 for Stable Diffusion 1.x and 2.x).
     """
     table = torch.cat([torch.as_tensor(alphas_cumprod).double().cpu(), torch.tensor([float(final)], dtype=torch.float64)])
-    abar = lambda t: table.to(t.device)[t.round().long()]                # index -1 is `final`
+    def abar(t):
+        t = torch.as_tensor(t)
+        return table.to(t.device)[t.double().round().long()]             # index -1 is `final`
     def times(steps):
         spacing = (len(table) - 1) // steps
         if spacing * (steps - 1) + offset > len(table) - 2 or spacing == 0:
@@ -54,7 +56,7 @@ def Karras(sigma_min=0.002, sigma_max=80.0, rho=7.0):
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
         t = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
         return torch.cat([t, torch.zeros(1, dtype=torch.float64)])
-    return Path(torch.ones_like, lambda t: t, times)
+    return Path(lambda t: t * 0 + 1, lambda t: t, times)
 
 
 FLOW, EDM = Flow(), Karras()
@@ -96,8 +98,9 @@ def transition(x_t, x0_hat, eps_hat, path, t, s, eta=1.0, kernel="ancestral"):
 
 def log_prob(x, mean, std):
     """log N(x; mean, std^2 I) in nats, summed over all dimensions but the first, in float32 -> [B]. std must be positive."""
-    z = (x.float() - mean.float()) / std.float()
-    return -(0.5 * z**2 + torch.log(std.float()) + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+    std = torch.as_tensor(std, device=x.device).float()
+    z = (x.float() - mean.float()) / std
+    return -(0.5 * z**2 + torch.log(std) + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
 
 def predict(model, x_t, t, prompt, guidance=1.0, null=None):

@@ -11,7 +11,7 @@ Left out on purpose: kernels and clusters; a distance and its k nearest neighbou
 import torch
 
 
-def group_diversity(features, metric="cosine", nearest=0):
+def group_diversity(features, metric="euclidean", nearest=0):
     """How far each rollout is from the others of its group: features [P, N, ...] -> [P, N].
 
     metric "euclidean" or "cosine" (1 - cos: contrast alone cannot raise it); the mean over the group's other members, or over the
