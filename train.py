@@ -124,7 +124,7 @@ def check(args):
     need(args.tau1 < args.tau2, f"--tau1 {args.tau1}: must be below --tau2 {args.tau2}")
     need(re.fullmatch(r"\d+:\d+", args.window), f"--window {args.window}: write first:end, as in 0:4")
     first, end = map(int, args.window.split(":"))
-    need(first < end < args.steps, f"--window {args.window}: must hold a step and end by {args.steps - 1}, before the last of --steps")
+    need(first < end < args.steps, f"--window {args.window}: must hold a step and end by {args.steps - 1}, before the last of --steps {args.steps}")
     pairs = args.prompts_per_step * args.keep * (end - first)
     need(pairs % args.updates == 0, f"--updates {args.updates}: does not divide the {pairs} (rollout, step) pairs of an iteration")
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")

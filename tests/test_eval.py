@@ -195,7 +195,7 @@ def test_a_reward_that_is_not_finite_is_an_error_with_its_name(folder, name, bad
 
 def test_a_reward_of_a_wrong_shape_is_an_error(folder, monkeypatch):
     monkeypatch.setitem(rewards.NAMES, "ink", lambda logits, labels, images: logits)
-    with pytest.raises(FloatingPointError, match=r"the reward ink returned \(8, 10\)"):
+    with pytest.raises(FloatingPointError, match=r"the reward ink returned the shape \(8, 10\)"):
         rewards.Reward("class,ink", folder)(IMAGES, PROMPTS, METADATA)
 
 
