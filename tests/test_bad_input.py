@@ -204,4 +204,5 @@ def test_as_a_command(tiny, tmp_path, flags, lines):
 
 
 def test_the_good_command_line_is_accepted(tiny, tmp_path):
-    launch(small(tiny, tmp_path / "run", "--dry_run"))
+    assert launch(small(tiny, tmp_path / "run", "--dry_run")) is None    # no SystemExit
+    assert not (tmp_path / "run").exists()

@@ -150,4 +150,5 @@ def test_the_report_reads_runs_and_draws(tmp_path, capsys):
 def test_the_methods_of_the_evidence_are_command_lines():
     for flags in evidence.METHODS.values():
         argv = [word for k, v in (evidence.COMMON | flags).items() for word in (f"--{k}", str(v)) if word]
-        train.check(train.runtime.parse_args(train.Args, "", [*argv, "--model", str(TINY)]))
+        args, _, _ = train.check(train.runtime.parse_args(train.Args, "", [*argv, "--model", str(TINY)]))
+        assert all(str(getattr(args, k)) == str(v) or float(getattr(args, k)) == float(v) for k, v in flags.items())
