@@ -2,7 +2,7 @@
 
     torchrun train.py                                    the default: DRIFT on assets/tiny, a few minutes on two CPU cores
     torchrun train.py --drift off                        plain GRPO, everything else the same
-    torchrun --nproc_per_node 8 train.py                 the same result on eight GPUs: every size below is global
+    torchrun --nproc_per_node 8 train.py                 the same to rounding: every size below is global
 
 The algorithm is `train`: prompts -> rollouts -> rewards -> potential -> subset -> advantages -> clipped update (GRPO for flows,
 arXiv 2505.05470; DRIFT, arXiv 2601.12401). Simplifications, on purpose:
