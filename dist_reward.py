@@ -1,16 +1,27 @@
-"""Distances between distributions of images: moments in float64 and the Frechet distance of two Gaussians.
+"""Distribution-wise rewards: what a few pictures do to the distance between all generated and all real pictures (arXiv 2607.02291).
 
-FID (arXiv 1706.08500): |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)). With R = S2^(1/2), Tr (S1 S2)^(1/2) is the sum of the square roots of
-the eigenvalues of R S1 R, which is symmetric: no general matrix square root is needed, and singular covariances are no exception.
-Not here yet: the distance as a reward through subset-replace (arXiv 2607.02291).
+FID (arXiv 1706.08500): |mu - m|^2 + Tr(S + C - 2 (S C)^(1/2)) between N(mu, S), generated, and N(m, C), real. With R = C^(1/2),
+Tr (S C)^(1/2) is the sum of the square roots of the eigenvalues l of A = R S R = U diag(l) U^T: no general matrix root, singular or not.
+Subset-replace: a reference of M generated features; K new ones take the place of K old ones; reward = distance before - distance after.
+A plain FID of K pictures is swamped by its bias at small K; here M stays, so the bias cancels. KID (arXiv 1801.01401) by the same interface.
+What pictures are measured by (--features) and against (--target) is in features.py.
 """
+import math
+
 import torch
 
+DAMPING = 1e-6                                                           # floor of an eigenvalue, of the largest, where it divides
 
-def moments(features):
-    """features [M, D] -> mu [D], sigma [D, D] in float64; the covariance is divided by M - 1."""
-    x = features.double()
-    return x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+
+def moments(features, shard=4096):
+    """features [M, D] -> mu [D], sigma [D, D] in float64, in shards; the covariance is divided by M - 1."""
+    M, D = features.shape
+    mu = sum(part.double().sum(0) for part in features.split(shard)) / M
+    sigma = torch.zeros(D, D, dtype=torch.float64, device=features.device)
+    for part in features.split(shard):
+        x = part.double() - mu
+        sigma += x.T @ x
+    return mu, sigma / (M - 1)
 
 
 def sqrt_psd(matrix):
@@ -25,3 +36,214 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = sqrt_psd(sigma2)
     cross = torch.linalg.eigvalsh(root @ sigma1 @ root).clamp(min=0).sqrt().sum()
     return max(0.0, float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross))
+
+
+def trace_root_change(l, Z, core):
+    """Tr (L + Z^T C Z)^(1/2) - Tr L^(1/2) with L = diag(l) [D], Z [G, r, D], C = core [r, r] -> [G], relative error about 1e-8.
+
+    From x^(1/2) = 1/pi int_0^inf x / (x + s) s^(-1/2) ds, by parts, and the determinant lemma for the low rank r:
+        = 1/(2 pi) int_0^inf s^(-1/2) log det(I + C Z (L + s)^(-1) Z^T) ds.
+    With s = e^u the integrand is analytic in a strip of half-width pi, so the plain sum over u = ..., 0, 1, 2, ... errs by e^(-2 pi^2).
+    O(D r^2) for each of about 90 u, instead of O(D^3) for eigenvalues.
+    """
+    top = l.max().clamp(min=1e-300).log().item()
+    u = torch.arange(math.floor(top) - 50, math.ceil(top) + 40, dtype=l.dtype, device=l.device)
+    change = 0
+    for s in u.exp().split(max(1, 2**24 // (Z.shape[0] * Z.shape[1] * Z.shape[2]))):
+        resolvent = (Z / (l + s[:, None, None, None])) @ Z.transpose(1, 2)                   # [s, G, r, r]
+        log_det = torch.linalg.slogdet(torch.eye(Z.shape[1], dtype=Z.dtype, device=Z.device) + core @ resolvent).logabsdet
+        change = change + (s.sqrt()[:, None] * log_det).sum(0) / (2 * math.pi)
+    return change
+
+
+class SubsetReplace:
+    """A reference of M generated features with running sums, its FID to the real moments, and the price of replacing some members.
+
+    reference [M, D]; mu_real [D], sigma_real [D, D]. Features are kept in float32, sums in float64 about mu_real (so that they do not
+    cancel). A price is a reward: positive when the FID falls.
+
+    Why a price per picture exists. As a function of the generated distribution p, FID is W2^2(N(mu, S), N(m, C)). By duality
+    W2^2 = max over (phi, psi) of E_p phi + E_real psi, and at the maximum the derivative along a change dp is that of the maximised
+    linear form alone (envelope theorem): d FID = int phi dp. So the first variation is the Kantorovich potential phi. Between Gaussians
+    the optimal map is T = R A^(-1/2) R about the means, and grad phi(f) = 2 (f - T(f)) integrates to
+        phi(f) = 2 (mu - m).(f - mu) + (f - mu)^T (I - T) (f - mu).
+    Replacing f_old by f_new moves p by (delta_new - delta_old) / M. Where this fails: FID is convex in S, so summed over many pictures it
+    overstates the gain; and where S has no variance, A^(-1/2) is infinite (the gain of a first picture there goes like a square root):
+    eigenvalues are floored at DAMPING, and `potential` and `quadratic` are then directions rather than sizes. `exact` has no such limit.
+    """
+
+    def __init__(self, reference, mu_real, sigma_real):
+        self.mu_real = torch.as_tensor(mu_real, device=reference.device).double()
+        sigma_real = torch.as_tensor(sigma_real, device=reference.device).double()
+        self.root, self.trace_real = sqrt_psd(sigma_real), sigma_real.trace()
+        self.features = reference.float().clone()
+        self.sum, self.squares = self.recomputed()
+        self.spectrum = None
+
+    def recomputed(self):
+        """The sums from scratch, in shards: sum x [D] and sum x x^T [D, D] of x = feature - mu_real, float64."""
+        total, squares = torch.zeros_like(self.mu_real), torch.zeros_like(self.root)
+        for part in self.features.split(4096):
+            x = part.double() - self.mu_real
+            total += x.sum(0)
+            squares += x.T @ x
+        return total, squares
+
+    def refresh(self, reference=None):
+        """Recomputes the sums (of a wholly new reference, if one is given) -> how far they had drifted, relative to their size."""
+        total, squares = self.recomputed()
+        drift = max(((a - b).norm() / b.norm().clamp(min=1e-300)).item() for a, b in ((self.sum, total), (self.squares, squares)))
+        if reference is not None:
+            self.features.copy_(reference)
+            total, squares = self.recomputed()
+        self.sum.copy_(total), self.squares.copy_(squares)
+        self.spectrum = None
+        return drift
+
+    def moments(self):
+        """-> mu - mu_real [D] and the unbiased covariance [D, D] of the reference."""
+        M = len(self.features)
+        shift = self.sum / M
+        return shift, (self.squares - M * torch.outer(shift, shift)) / (M - 1)
+
+    def fid(self):
+        shift, sigma = self.moments()
+        l, _ = self._spectrum()
+        return max(0.0, float(shift.square().sum() + sigma.trace() + self.trace_real - 2 * l.sqrt().sum()))
+
+    value = fid                                                          # the name that SubsetReplace and KernelReplace share
+
+    def _spectrum(self):
+        """Eigenvalues l [D] of A = R S R and B = R U [D, D]: in this basis a row w of a low-rank change of S is w B. Kept until a replacement."""
+        if self.spectrum is None:
+            l, U = torch.linalg.eigh(self.root @ self.moments()[1] @ self.root)
+            self.spectrum = l.clamp(min=0), self.root @ U
+        return self.spectrum
+
+    def price(self, new, replaced, how="exact"):
+        """The reward of putting new [G, K, D] in the place of members `replaced` [K], for each of G rollouts -> float64 [G]; potential: [G, K].
+
+        exact      the change of the FID                                 quadratic  its second-order expansion in the covariance
+        potential  first order, one price a picture: -(phi(f_new) - phi(f_old)) / M
+        """
+        M = len(self.features)
+        shift, sigma = self.moments()
+        l, B = self._spectrum()
+        new, old = new.double() - self.mu_real - shift, self.features[replaced].double() - self.mu_real - shift     # about the mean
+        floored = l.clamp(min=DAMPING * l.max().item())
+        if how == "potential":
+            phi = lambda x: 2 * x @ shift + x.square().sum(-1) - ((x @ B).square() / floored.sqrt()).sum(-1)
+            return -(phi(new) - phi(old)) / M
+        if how not in ("exact", "quadratic"):
+            raise ValueError(f"how={how!r} is none of exact, quadratic, potential")
+        G, K, D = new.shape
+        sign = torch.cat([torch.ones(K), -torch.ones(K)]).to(new)
+        core = (torch.diag(sign) - torch.outer(sign, sign) / M) / (M - 1)                     # its second part: the mean has moved too
+        rows = torch.cat([new, old.expand(G, K, D)], 1)                                       # [G, 2K, D]; S changes by rows^T core rows
+        move, trace = (sign[:, None] * rows).sum(1) / M, ((core @ rows) * rows).sum((1, 2))   # of the mean [G, D], of Tr S [G]
+        Z = rows @ B
+        if how == "exact":
+            cross = trace_root_change(l, Z, core)
+        else:                                                            # E = Z^T C Z: sum E_ii / (2 l_i^1/2) - 1/4 sum E_ij^2 / (...)
+            root, first = floored.sqrt(), ((core @ Z) * Z).sum(1)        # [D]; the diagonal of E [G, D]
+            bend = 1 / (root[:, None] * root * (root[:, None] + root))
+            second = torch.stack([((z.T @ (core.float() @ z)).square() * bend.float()).sum() for z in Z.float()])
+            cross = (first / (2 * root)).sum(1) - second.double() / 4
+        return -((shift + move).square().sum(1) - shift.square().sum() + trace - 2 * cross)
+
+    def state(self):
+        """The tensors that a checkpoint holds; copied back in place before anything is asked of this object."""
+        return {"reference.features": self.features, "reference.sum": self.sum, "reference.squares": self.squares}
+
+    def replace(self, index, new):
+        """Members index [K] become new [K, D]; the sums follow."""
+        old, self.features[index] = self.features[index], new.float()
+        for sign, part in ((1, self.features[index]), (-1, old)):        # the float32 values that are kept, so that nothing drifts
+            x = part.double() - self.mu_real
+            self.sum += sign * x.sum(0)
+            self.squares += sign * (x.T @ x)
+        self.spectrum = None
+
+
+def polynomial_kernel(x, y):
+    """KID's kernel (x.y / D + 1)^3: [A, D], [B, D] -> [A, B], float64."""
+    return (x.double() @ y.double().T / x.shape[-1] + 1) ** 3
+
+
+def kernel_sums(x, y, shard=4096):
+    """sum over y of k(x, y), for each x: [A, D], [B, D] -> [A], float64."""
+    return sum(polynomial_kernel(x, part).sum(1) for part in y.split(shard))
+
+
+class KernelReplace:
+    """The same for KID, the unbiased squared MMD with the cubic kernel (arXiv 1801.01401); needs real features [R, D], not moments.
+
+    KID is quadratic in the generated distribution, so `quadratic` is `exact`, and the potential is the witness function
+        phi(f) = 2 (mean over generated of k(f, x) - mean over real of k(f, y)).
+    """
+
+    def __init__(self, reference, real):
+        self.features, self.real = reference.float().clone(), real.float()
+        R = len(real)
+        own = sum(polynomial_kernel(x, x).diagonal().sum() for x in self.real.split(256))
+        self.real_term = (kernel_sums(self.real, self.real).sum() - own) / (R * (R - 1))
+        self.sum, self.squares = self.recomputed()
+
+    def recomputed(self):
+        """sum over j of k(x_i, x_j), its own term included [M], and the mean over real y of k(x_i, y) [M]."""
+        return kernel_sums(self.features, self.features), kernel_sums(self.features, self.real) / len(self.real)
+
+    refresh, state = SubsetReplace.refresh, SubsetReplace.state
+
+    def own(self, x):
+        return (x.double().square().sum(-1) / x.shape[-1] + 1) ** 3
+
+    def value(self):
+        M = len(self.features)
+        return float((self.sum - self.own(self.features)).sum() / (M * (M - 1)) + self.real_term - 2 * self.squares.mean())
+
+    def price(self, new, replaced, how="exact"):
+        """As SubsetReplace.price."""
+        M, (G, K, D) = len(self.features), new.shape
+        new, old = new.float(), self.features[replaced]
+        with_all = kernel_sums(new.reshape(-1, D), self.features).reshape(G, K)               # sum over the reference of k(new, x)
+        with_real = kernel_sums(new.reshape(-1, D), self.real).reshape(G, K) / len(self.real)
+        if how == "potential":
+            phi_new, phi_old = 2 * (with_all / M - with_real), 2 * (self.sum[replaced] / M - self.squares[replaced])
+            return -(phi_new - phi_old) / M
+        if how not in ("exact", "quadratic"):
+            raise ValueError(f"how={how!r} is none of exact, quadratic, potential")
+        pairs = lambda x: polynomial_kernel(x, x).sum() - self.own(x).sum()                   # of different members
+        among_new = torch.stack([pairs(x) for x in new])
+        across = torch.stack([polynomial_kernel(x, old).sum() for x in new])
+        gone = 2 * (self.sum[replaced] - self.own(old)).sum() - pairs(old)                    # pairs that lose a member
+        change = (2 * (with_all.sum(1) - across) + among_new - gone) / (M * (M - 1))
+        return -(change - 2 * (with_real.sum(1) - self.squares[replaced].sum()) / M)
+
+    def replace(self, index, new):
+        """Members index [K] become new [K, D]; the sums follow."""
+        old, new = self.features[index], new.float()
+        self.sum += kernel_sums(self.features, new) - kernel_sums(self.features, old)
+        self.features[index] = new
+        self.sum[index] = kernel_sums(new, self.features)
+        self.squares[index] = kernel_sums(new, self.real) / len(self.real)
+
+
+def price_groups(pool, new, oldest, how="potential", replace=0):
+    """The reward of every rollout of P groups: features new [P, N, D] -> [P, N].
+
+    A rollout of subset-replace is a set of K = `replace` pictures of K different groups (0: of all P), so that its N rivals have the same
+    prompts; they are priced against the same K members, the oldest, and all K pictures earn the one reward. With how="potential" each
+    picture earns its own. In units of the distance: what it would fall by if all M members changed so, to first order.
+    Raises ValueError if K does not divide P.
+    """
+    P, N, D = new.shape
+    K = replace or P
+    if P % K:
+        raise ValueError(f"sets of {K} pictures do not divide {P} groups")
+    rewards, M = [], len(pool.features)
+    for block, part in enumerate(new.split(K)):                          # [K, N, D]
+        members = (oldest + block * K + torch.arange(K, device=new.device)) % M
+        price = M * pool.price(part.transpose(0, 1), members, how)
+        rewards.append(price.T if how == "potential" else (price / K).expand(K, N))
+    return torch.cat(rewards)

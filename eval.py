@@ -9,6 +9,7 @@ Pictures come from the deterministic sampler at clean prompts and fixed seeds, t
 all in the evaluator's 64 features. Left out here: intervals, precision and recall, other people's models and folders of pictures.
 """
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,6 +49,13 @@ def check_real(path):
         raise ValueError(f"{path}: not an npz file of numbers ({error})") from None
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}")
+
+
+class Judge:
+    """A classifier that a run is judged by, and the moments of the real pictures in its features: a folder as assets/tiny/evaluator."""
+
+    def __init__(self, model_folder, name, device="cpu"):
+        self.network, self.real = rewards.load_classifier(Path(model_folder) / name, device), np.load(Path(model_folder) / name / "real.npz")
 
 
 @torch.inference_mode()

@@ -1,9 +1,11 @@
-"""Rewards: sample-wise rewards by name, (images[B, 3, H, W] in [0, 1], prompts, metadata) -> float32 [B].
+"""Rewards by name, and the advantage that a group of rollouts makes of them.
 
+Sample-wise, (images[B, 3, H, W] in [0, 1], prompts, metadata) -> float32 [B]:
     class    log p(label | picture) of the model folder's reward classifier, no less than FLOOR: did you draw what was asked?
     margin   the log-odds of the same, log p - log(1 - p): it has no ceiling, so the most typical pictures pay ever more
     ink      brightness times p(label | picture): a toy that invites hacking
-A mixture is written class:1,ink:0.2. A reward that fails, or returns a wrong shape or a non-finite number, is an error and never a score.
+Distribution-wise: fid, kid, in dist_reward.py. A mixture is written class:1,fid:0.5: every term is centred and divided by its own std, then
+weighted. A reward that fails, or returns a wrong shape or a non-finite number, is an error and never a score.
 Left out here: preference models; they come as further names.
 """
 import json
@@ -71,6 +73,7 @@ def ink_reward(logits, labels, images):
 
 
 NAMES = {"class": class_reward, "margin": margin_reward, "ink": ink_reward}
+DISTRIBUTION = ("fid", "kid")
 
 
 def parse(spec):
@@ -78,14 +81,16 @@ def parse(spec):
     weights = {}
     for term in spec.split(","):
         name, colon, weight = term.strip().partition(":")
-        if name not in NAMES or name in weights:
-            raise ValueError(f"--reward {spec}: {name!r} is {'named twice' if name in weights else 'none of ' + ', '.join(NAMES)}")
+        if name not in (*NAMES, *DISTRIBUTION) or name in weights:
+            raise ValueError(f"--reward {spec}: {name!r} is {'named twice' if name in weights else 'none of ' + ', '.join((*NAMES, *DISTRIBUTION))}")
         try:
             weights[name] = float(weight if colon else 1)
         except ValueError:
             raise ValueError(f"--reward {spec}: {weight!r} is not a number; write {name}:1") from None
         if not abs(weights[name]) < float("inf") or weights[name] == 0:
             raise ValueError(f"--reward {spec}: the weight of {name} must be finite and not zero")
+    if {*DISTRIBUTION} <= {*weights}:
+        raise ValueError(f"--reward {spec}: fid and kid need a reference each; name one of them")
     return weights
 
 
@@ -98,23 +103,42 @@ def check_labels(prompts, where):
 
 
 class Reward:
-    """The weighted sum of the named rewards; calling it returns each term too, so that it can be logged apart."""
+    """The named rewards: `weights` {name: weight} of all, `distribution` the distribution-wise one or None; a call gives the others."""
 
     def __init__(self, spec, folder, device="cpu"):
         self.weights, self.classifier = parse(spec), load_classifier(Path(folder) / "reward", device)
+        self.distribution = next((name for name in self.weights if name in DISTRIBUTION), None)
 
     def __call__(self, images, prompts, metadata):
-        """-> total float32 [B], {name: float32 [B]}. Raises FloatingPointError naming a reward that is not finite."""
-        logits = self.classifier(images)
-        labels = torch.tensor([m["label"] for m in metadata], device=images.device)
-        terms = {name: NAMES[name](logits, labels, images).float() for name in self.weights}
-        for name, value in terms.items():
-            if value.shape != (len(images),):
-                raise FloatingPointError(f"the reward {name} returned the shape {tuple(value.shape)} for {len(images)} pictures")
-            if not value.isfinite().all():
+        """-> {name: float32 [B]} of the sample-wise rewards. Raises FloatingPointError naming a reward that is not finite."""
+        names, terms = [name for name in self.weights if name in NAMES], {}
+        if names:
+            logits = self.classifier(images)
+            labels = torch.tensor([m["label"] for m in metadata], device=images.device)
+        for name in names:
+            terms[name] = NAMES[name](logits, labels, images).float()
+            if terms[name].shape != (len(images),):
+                raise FloatingPointError(f"the reward {name} returned the shape {tuple(terms[name].shape)} for {len(images)} pictures")
+            if not terms[name].isfinite().all():
                 raise FloatingPointError(f"the reward {name} returned a non-finite number")
-        return sum(weight * terms[name] for name, weight in self.weights.items()), terms
+        return terms
 
     def features(self, images):
         """The space in which `--diversity_features reward` measures distances -> [B, 64]."""
         return self.classifier.features(images)
+
+
+def group_advantage(values, index, std="group", floor=1e-3, limit=5.0):
+    """Centres values [..., P, N] by group and divides them by a std, over the kept rollouts index [P, K] -> float64 [..., P, K].
+
+    std: "group" the kept group's, "batch" that of all the kept together, "none" 1. A std below `floor` counts as `floor`, so a group of
+    equals gets 0 and rounding is never blown up; the result is limited to +-`limit`.
+    """
+    values, index = values.double(), index.to(values.device)
+    kept = values.gather(-1, index.expand(*values.shape[:-1], index.shape[-1]))
+    centred = kept - kept.mean(-1, keepdim=True)
+    if std == "group":
+        centred = centred / kept.std(-1, keepdim=True).clamp(min=floor)
+    elif std == "batch":
+        centred = centred / centred.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=floor)
+    return centred.clamp(-limit, limit)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -136,6 +137,16 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def check_update(step, loss, norm, ratio_error, tolerance):
+    """Stops every process before the optimizer step, on a number that is none or on rollouts that the update cannot reproduce."""
+    for what, value in (("loss", loss), ("gradient", norm)):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"iteration {step + 1}: the {what} is not finite; stopped before the optimizer step")
+    if ratio_error > tolerance:
+        raise FloatingPointError(f"iteration {step + 1}: the ratio before the first update is off by {ratio_error:.1e}: rollout and update disagree; "
+                                 "look for dropout, stored precision, other times, other guidance or other prompt noise")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

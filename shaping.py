@@ -46,3 +46,9 @@ def shaped_returns(reward, potential, gamma=1.0, weight=1.0, terminal="keep"):
     for t in range(T - 2, -1, -1):
         returns.append(pay[t] + gamma * returns[-1])
     return torch.stack(returns[::-1])
+
+
+def gardo(advantage, closest, index):
+    """GARDO (arXiv 2512.24138): positive advantages [P, K] of the rollouts index [P, K] times d / mean d, d [P, N] the distance to the nearest."""
+    relative = closest / closest.mean(1, keepdim=True).clamp(min=1e-8)
+    return torch.where(advantage > 0, advantage * relative.gather(1, index), advantage)

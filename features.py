@@ -1,0 +1,214 @@
+"""What distances between distributions are measured in (--features) and against (--target).
+
+A feature network is a function: pictures [B, 3, H, W] in [0, 1] -> float32 [B, D].
+    reward, evaluator     the model folder's own classifiers, D = 64, 28 x 28 pictures
+    inception:FILE        TorchScript Inception-v3, D = 2048: FID. Takes uint8 pictures with return_features=True, or floats (x - 128) / 128
+    dinov2[:MODEL]        FD-DINOv2: the class token of a hub id or folder (default facebook/dinov2-large, D = 1024), bicubic to 224
+    clip[:MODEL]          CLIP's image embedding (default openai/clip-vit-large-patch14, D = 768), bicubic to its size
+    module:function       your own
+A target is an .npz with mu and sigma, a folder of pictures, or an idx file. Left out: any network of which a library or a file exists.
+"""
+import gzip
+import importlib
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dist_reward import moments
+from rewards import check_classifier, load_classifier
+from runtime import gather, share
+
+TINY = ("reward", "evaluator")
+HUB = {"dinov2": ("facebook/dinov2-large", "hidden_size"), "clip": ("openai/clip-vit-large-patch14", "projection_dim")}
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feature networks.
+
+def check_features(spec, folder):
+    """-> D, or None where only a forward can tell. Raises ValueError, in one line, for what cannot be loaded; no weight is read."""
+    kind, _, rest = spec.partition(":")
+    if spec in TINY:
+        check_classifier(Path(folder) / spec)
+        return 64
+    if kind == "inception":
+        if not zipfile.is_zipfile(rest):
+            raise ValueError(f"--features {spec}: {rest or 'no file'} is not a TorchScript file; write inception:FILE")
+        return 2048
+    if kind in HUB:
+        try:
+            import transformers
+            config = transformers.AutoConfig.from_pretrained(rest or HUB[kind][0])
+            return getattr(getattr(config, "vision_config", config), HUB[kind][1])
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"--features {spec}: {str(error).splitlines()[0]}") from None
+    if rest:
+        try:
+            getattr(importlib.import_module(kind), rest)
+            return None
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"--features {spec}: {error}") from None
+    raise ValueError(f"--features {spec}: none of reward, evaluator, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function")
+
+
+def load_features(spec, folder, device="cpu"):
+    """-> a function: pictures [B, 3, H, W] in [0, 1] -> float32 [B, D]. Raises FloatingPointError if a feature is not finite."""
+    kind, _, rest = spec.partition(":")
+    if spec in TINY:
+        network = load_classifier(Path(folder) / spec, device).features
+    elif kind == "inception":
+        network = inception(torch.jit.load(rest, map_location=device).eval())
+    elif kind in HUB:
+        network = vision(kind, rest or HUB[kind][0], device)
+    else:
+        network = getattr(importlib.import_module(kind), rest)
+
+    @torch.inference_mode()
+    def features(images):
+        found = network(images).float()
+        if found.dim() != 2 or len(found) != len(images):
+            raise FloatingPointError(f"--features {spec} returned the shape {tuple(found.shape)} for {len(images)} pictures")
+        if not found.isfinite().all():
+            raise FloatingPointError(f"--features {spec} returned a non-finite number")
+        return found
+    return features
+
+
+def inception(network):
+    """Either published calling convention. The network's pictures are bytes, so ours are rounded to bytes."""
+    if any(argument.name == "return_features" for argument in network.forward.schema.arguments):
+        return lambda images: network((images * 255).round().clamp(0, 255).to(torch.uint8), return_features=True)
+    return lambda images: network((corner_bilinear((images * 255).round().clamp(0, 255), 299) - 128) / 128)
+
+
+def corner_bilinear(images, size):
+    """The bilinear resize of the TensorFlow graph that FID began with: pixel i is looked up at i * H / size, without half-pixel centres."""
+    for dim in (2, 3):
+        n = images.shape[dim]
+        at = torch.arange(size, device=images.device) * (n / size)
+        low = at.floor().long().clamp(max=n - 1)
+        part = (at - low).reshape([-1 if d == dim else 1 for d in range(4)])
+        images = images.index_select(dim, low) * (1 - part) + images.index_select(dim, (low + 1).clamp(max=n - 1)) * part
+    return images
+
+
+def vision(kind, name, device):
+    """DINOv2's class token or CLIP's embedding: antialiased bicubic resize of bytes, the network's own mean and std."""
+    import transformers
+    if kind == "dinov2":
+        network = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        size, mean, std = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    else:
+        network = transformers.CLIPVisionModelWithProjection.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        size, mean, std = network.config.image_size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
+
+    def embed(images):
+        x = F.interpolate((images * 255).round(), (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255) / 255
+        out = network(pixel_values=(x - mean) / std)
+        return out.last_hidden_state[:, 0] if kind == "dinov2" else out.image_embeds
+    return embed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets.
+
+def target_path(target, spec, folder):
+    """The file that --target names; by default the model folder's moments of real pictures, for its own networks. Raises ValueError."""
+    if not target and spec not in TINY:
+        raise ValueError(f"--features {spec}: needs --target, an .npz with mu and sigma, a folder of pictures or an idx file")
+    return Path(target) if target else Path(folder) / spec / "real.npz"
+
+
+def check_target(path, D, need_pictures=False):
+    """Raises ValueError, in one line, if a target cannot be used with D features (None: not known yet). No picture but the first is read."""
+    if path.suffix == ".npz":
+        if need_pictures:
+            raise ValueError(f"--target {path}: holds moments; kid needs the pictures, a folder or an idx file")
+        read_moments(path, D)
+        return
+    if path.is_dir():
+        count = len(picture_files(path))
+        if count:
+            read_picture(picture_files(path)[0])
+    elif path.is_file():
+        count = len(read_idx(path))
+    else:
+        raise ValueError(f"--target {path}: no such file or folder; give an .npz with mu and sigma, a folder of pictures or an idx file")
+    if count <= (D or 1):
+        raise ValueError(f"--target {path}: {count} pictures are too few for the covariance of {D or 'any'} features; give more than {D or 1}")
+
+
+def read_moments(path, D):
+    """-> mu [D], sigma [D, D], float64, looked at closely. Raises ValueError in one line; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+    except KeyError:
+        raise ValueError(f"{path}: lacks mu or sigma") from None
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an npz file of numbers ({error})") from None
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{path}: mu has the shape {mu.shape} and sigma {sigma.shape}; expected [D] and [D, D]")
+    if D and len(mu) != D:
+        raise ValueError(f"{path}: holds {len(mu)} features where --features has {D}")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path}: mu or sigma is not finite")
+    if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max() or (sigma.diagonal() < 0).any():
+        raise ValueError(f"{path}: sigma is not symmetric, or a variance is negative: no covariance")
+    return mu, sigma
+
+
+def picture_files(folder):
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in PICTURES)
+
+
+def read_picture(path):
+    """-> uint8 [3, H, W]. Raises ValueError naming the file."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a picture ({error})") from None
+
+
+def read_idx(path):
+    """An idx file (plain or .gz) -> uint8 array. Raises ValueError naming the file when it is not one."""
+    try:
+        raw = Path(path).read_bytes()
+        raw = gzip.decompress(raw) if str(path).endswith(".gz") else raw
+        dims = struct.unpack(f">{raw[3]}I", raw[4:4 + 4 * raw[3]])
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError("not an idx file of unsigned bytes")
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
+    except (OSError, EOFError, IndexError, ValueError, struct.error) as error:
+        raise ValueError(f"{path}: {error}; expected an idx file of unsigned bytes") from None
+
+
+def load_target(path, network, device="cpu", block=100):
+    """-> mu [D], sigma [D, D], and the features [R, D] of its pictures or None where it holds only moments.
+
+    Pictures go through the network in the same blocks however many processes share them, so that every count gives the same bits.
+    """
+    if path.suffix == ".npz":
+        return *(torch.from_numpy(m).to(device) for m in read_moments(path, None)), None
+    if path.is_dir():
+        files = picture_files(path)
+        total, read = len(files), lambda i: read_picture(files[i])
+    else:
+        pixels = read_idx(path)
+        total, read = len(pixels), lambda i: np.broadcast_to(pixels[i], (3, *pixels.shape[1:]))
+    blocks, D = -(-total // block), network(torch.from_numpy(read(0).copy()).float()[None].to(device) / 255).shape[1]
+    found = torch.zeros(len(share(blocks)), block, D, device=device)
+    for row, b in zip(found, share(blocks)):
+        images = [torch.from_numpy(read(i).copy()).float() / 255 for i in range(b * block, min((b + 1) * block, total))]
+        stacks = torch.stack(images).split(block) if len({x.shape for x in images}) == 1 else [x[None] for x in images]
+        row[:len(images)] = torch.cat([network(x.to(device)) for x in stacks])
+    features = gather(found, blocks).flatten(0, 1)[:total]
+    return *moments(features), features
