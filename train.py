@@ -120,7 +120,7 @@ def gaussian_kl(mean, reference_mean, std):
 def credit(args, weights, terms, potential, closest):
     """Reward terms {name: [P, N]} and potentials [W + 1, P, N] -> who is kept, index [P, K], and the advantage of each step, [W, P, K]."""
     total = lambda index: sum(weight * group_advantage(terms[name], index, args.std) for name, weight in weights.items())
-    score = total(torch.arange(args.group_size).expand(args.prompts_per_step, -1))           # [P, N]
+    score = total(torch.arange(potential.shape[2]).expand(*potential.shape[1:]))              # [P, N]
     index = concentrated_subset(score, args.keep, args.select)
     advantage = total(index)                                                                 # [P, K]
     if args.gardo:

@@ -15,7 +15,7 @@ NAMED = """
     --clip 0; --grad_clip -1; --psi 2; --gamma 1.1; --ema 1; --kl -0.1; --prompt_noise nan; --diversity -1; --guidance inf;
     --warmup -1; --seed -1; --eval_seed -3; --iterations 0; --batch 0; --passes 0; --prompts_per_step 0; --eval_every 0;
     --save_every -1; --keep_checkpoints 0; --eval_images 25; --eval_images 10; --eval_steps 0; --reward class:nan; --reward
-    class:0; --reward class:1,,ink:1
+    class:0; --reward class:1,,ink:1; --reward fid,kid; --replace -1; --refresh -2; --reference 1
 """
 NAMED = [" ".join(flags.split()) for flags in NAMED.split(";")]          # the line repeats them word for word
 FLAGS = [*zip(NAMED, NAMED)] + [  # flags, what the line must name
@@ -24,6 +24,10 @@ FLAGS = [*zip(NAMED, NAMED)] + [  # flags, what the line must name
     ("--lr fast", "fast"), ("--iterations 2.5", "2.5"), ("--seed x", "'x'"), ("--group_size 1 --select all", "--group_size 1"),
     ("--window=-1:2", "--window -1:2"), ("--tau1 0.8 --tau2 0.8", "--tau1 0.8"), ("--tau1 0.9 --tau2 0.5", "--tau1 0.9"),
     ("--reward beauty", "beauty"), ("--reward class:much", "much"), ("--reward class:1,class:2", "class"), ("--reward=", "--reward"),
+    ("--reward fid --features nothing", "nothing"), ("--reward fid --features inception:{tmp}/none.pt", "{tmp}/none.pt"),
+    ("--reward fid --features dinov2:{tmp}/none", "{tmp}/none"), ("--reward fid --features no_such_module:f", "no_such_module"),
+    ("--reward fid --target {tmp}/none.npz", "{tmp}/none.npz"), ("--reward fid --target {tmp}/none", "{tmp}/none"),
+    ("--reward kid", "kid needs"), ("--reward fid --reference 7", "--reference 7"), ("--reward fid --replace 3", "--replace 3"), ("--reward fid --features json:loads", "--target"), ("--reward fid --target {tmp}", "{tmp}"),
     ("--model {tmp}/nowhere", "{tmp}/nowhere"), ("--model {tmp}", "model_index.json"),
     ("--prompts {tmp}/none.jsonl", "{tmp}/none.jsonl"), ("--prompts {tmp}", "{tmp}"),
     ("--eval_prompts {tmp}/none.txt", "{tmp}/none.txt")]
@@ -78,7 +82,7 @@ MODEL_FILES = [  # file of the model folder, what becomes of it, what the line m
 @pytest.fixture
 def refused(tmp_path, capfd, monkeypatch):
     """Runs train.py on a command line that must be refused, naming `naming`; looks at exit code, stderr and files -> the line."""
-    for owner, name in ((models, "load"), (train, "Reward"), (train, "load_classifier")):
+    for owner, name in ((models, "load"), (train, "Reward"), (train, "load_features"), (train.evaluation, "Judge")):
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: pytest.fail("weights were loaded"))
 
     def run(argv, *naming):
@@ -136,10 +140,10 @@ def test_a_run_folder_of_another_configuration(tiny, tmp_path, refused, change, 
     import dataclasses
     out = tmp_path / "old"
     out.mkdir()
-    args = train.check(train.runtime.parse_args(train.Args, "", small(tiny, tmp_path / "run")))[0]
+    args = train.check(train.runtime.parse_args(train.Args, "", small(tiny, tmp_path / "run")), train.Args())[0]
     (out / "config.json").write_text(json.dumps(vars(dataclasses.replace(args, out=str(out)))))
     refused(small(tiny, out, *change.split()), out, naming)
-    train.check(train.runtime.parse_args(train.Args, "", small(tiny, out)))
+    train.check(train.runtime.parse_args(train.Args, "", small(tiny, out)), train.Args())
 
 
 def test_a_run_folder_whose_config_is_unreadable(tiny, tmp_path, refused):

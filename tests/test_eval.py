@@ -163,25 +163,31 @@ IMAGES = torch.rand(len(LABELS), 3, 28, 28, generator=torch.Generator().manual_s
 
 def test_rewards_by_their_definitions(folder):
     reward = rewards.Reward("class:2,margin:-0.5,ink:3", folder)
-    total, terms = reward(IMAGES, PROMPTS, METADATA)
-    assert list(terms) == ["class", "margin", "ink"] and total.dtype == torch.float32
+    terms = reward(IMAGES, PROMPTS, METADATA)
+    assert list(terms) == ["class", "margin", "ink"] and terms["ink"].dtype == torch.float32
+    assert reward.weights == {"class": 2.0, "margin": -0.5, "ink": 3.0} and reward.distribution is None
     for i, label in enumerate(LABELS):
         logits = reward.classifier(IMAGES[i:i + 1])[0].double().tolist()
         p = math.exp(logits[label]) / sum(math.exp(v) for v in logits)
         naive = {"class": max(math.log(p), -6.0), "margin": math.log(p) - math.log(1 - p), "ink": 10 * p * IMAGES[i].double().mean().item()}
         for name, value in naive.items():
             assert terms[name].shape == (len(LABELS),) and terms[name][i].item() == pytest.approx(value, rel=1e-3, abs=1e-4)
-        assert total[i].item() == pytest.approx(2 * naive["class"] - 0.5 * naive["margin"] + 3 * naive["ink"], rel=1e-3, abs=1e-3)
     assert (terms["class"] == rewards.FLOOR).any() and (terms["class"] > rewards.FLOOR).any()
 
 
 def test_a_reward_does_not_depend_on_batch_and_order(folder):
     reward, order = rewards.Reward("class,ink", folder), [4, 2, 7, 0, 1, 3, 6, 5]
-    total, _ = reward(IMAGES, PROMPTS, METADATA)
-    shuffled, _ = reward(IMAGES[order], PROMPTS, [METADATA[i] for i in order])
-    torch.testing.assert_close(shuffled, total[order], atol=1e-5, rtol=1e-5)
-    for i in range(len(LABELS)):
-        torch.testing.assert_close(reward(IMAGES[i:i + 1], ["?"], METADATA[i:i + 1])[0], total[i:i + 1], atol=1e-5, rtol=1e-5)
+    terms, shuffled = reward(IMAGES, PROMPTS, METADATA), reward(IMAGES[order], PROMPTS, [METADATA[i] for i in order])
+    for name, values in terms.items():
+        torch.testing.assert_close(shuffled[name], values[order], atol=1e-5, rtol=1e-5)
+        for i in range(len(LABELS)):
+            torch.testing.assert_close(reward(IMAGES[i:i + 1], ["?"], METADATA[i:i + 1])[name], values[i:i + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_distribution_wise_rewards_are_named_and_left_to_others(folder):
+    reward = rewards.Reward("fid:2,class:0.5", folder)
+    assert reward.weights == {"fid": 2.0, "class": 0.5} and reward.distribution == "fid" and list(reward(IMAGES, PROMPTS, METADATA)) == ["class"]
+    assert rewards.Reward("kid", folder)(IMAGES, ["?"] * 8, [{}] * 8) == {} and rewards.Reward("kid", folder).distribution == "kid"
 
 
 @pytest.mark.parametrize("name", ["class", "margin", "ink"])

@@ -78,7 +78,7 @@ def test_the_build_command_makes_a_base_that_trains(data, tmp_path):
                "--classifier_epochs", "1", "--pictures", "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"Frechet distance \d", done.stdout)) == 4     # real pictures, and three strengths of guidance
+    assert len(re.findall(r"Frechet distance \d", done.stdout)) == 5     # real pictures, and four strengths of guidance
     made = {str(f.relative_to(tmp_path / "base")) for f in (tmp_path / "base").rglob("*") if f.is_file()}
     assert made == {str(f.relative_to(TINY)) for f in TINY.rglob("*") if f.is_file()}
     launch(["--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), "--iterations", "1", "--eval_images", "20", "--eval_steps", "2",
@@ -90,7 +90,7 @@ def test_the_build_command_makes_a_base_that_trains(data, tmp_path):
 def test_a_broken_idx_file_is_named(tmp_path, content):
     path = tmp_path / ("images.gz" if content.startswith(b"\x1f") else "images")
     path.write_bytes(content)
-    with pytest.raises(SystemExit, match=f"{path}.*idx"):
+    with pytest.raises(ValueError, match=f"{path}.*idx"):
         build_tiny.read_idx(path)
 
 
@@ -150,5 +150,5 @@ def test_the_report_reads_runs_and_draws(tmp_path, capsys):
 def test_the_methods_of_the_evidence_are_command_lines():
     for flags in evidence.METHODS.values():
         argv = [word for k, v in (evidence.COMMON | flags).items() for word in (f"--{k}", str(v)) if word]
-        args, _, _ = train.check(train.runtime.parse_args(train.Args, "", [*argv, "--model", str(TINY)]))
+        args, _, _ = train.check(train.runtime.parse_args(train.Args, "", [*argv, "--model", str(TINY)]), train.Args())
         assert all(str(getattr(args, k)) == str(v) or float(getattr(args, k)) == float(v) for k, v in flags.items())

@@ -29,7 +29,7 @@ def imports(path):
 
 
 def test_the_modules_are_there():
-    assert {"train", "sampling", "prompting", "shaping", "dist_reward", "rewards", "models", "runtime", "eval"} <= NAMES
+    assert {"train", "sampling", "prompting", "shaping", "dist_reward", "rewards", "models", "runtime", "eval", "features", "checks"} <= NAMES
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -39,7 +39,7 @@ def test_no_module_imports_train(path):
 
 @pytest.mark.parametrize("name", ["sampling", "prompting", "shaping", "dist_reward"])
 def test_the_ideas_stand_alone(name):
-    assert not imports(ROOT / f"{name}.py") & (COMMANDS | {"models", "rewards", "runtime"})
+    assert not imports(ROOT / f"{name}.py") & (COMMANDS | {"models", "rewards", "runtime", "features", "checks"})
 
 
 @every_source

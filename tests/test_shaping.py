@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import train
+from rewards import group_advantage
+from sampling import concentrated_subset
 from shaping import group_diversity, shaped_returns
-from train import Args, clipped_loss, credit, gaussian_kl, group_advantage
+from train import Args, clipped_loss, gaussian_kl
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -237,6 +240,24 @@ def test_kl_is_that_of_torch():
 
 def args(**changes):
     return replace(Args(), **(dict(keep=4, select="window", std="group", gardo=False, success=False, gamma=0.9, diversity=0.3) | changes))
+
+
+def credit(args, rewards, potential, closest):
+    """With one reward."""
+    return train.credit(args, {"class": 1.0}, {"class": rewards}, potential, closest)
+
+
+def test_each_reward_is_measured_in_its_own_std_and_then_weighted():
+    a, b, potential, closest = randn(3, 6), randn(3, 6, seed=1), torch.zeros(4, 3, 6), torch.ones(3, 6)
+    for std in ("group", "batch"):
+        index, ours = train.credit(args(std=std), {"class": 1.0, "fid": 0.5}, {"class": a, "fid": b}, potential, closest)
+        torch.testing.assert_close(ours[0], group_advantage(a, index, std) + 0.5 * group_advantage(b, index, std))
+        again, scaled = train.credit(args(std=std), {"class": 1.0, "fid": 0.5}, {"class": 1000 * a - 3, "fid": 0.01 * b}, potential, closest)
+        assert torch.equal(index, again)
+        torch.testing.assert_close(ours, scaled, rtol=1e-3, atol=1e-3)
+    score = group_advantage(a, torch.arange(6).expand(3, 6), "batch") - 2 * group_advantage(b, torch.arange(6).expand(3, 6), "batch")
+    index, _ = train.credit(args(std="batch"), {"class": 1.0, "fid": -2.0}, {"class": a, "fid": b}, potential, closest)
+    assert torch.equal(index, concentrated_subset(score, 4, "window"))   # who is kept is decided on the weighted sum
 
 
 def test_credit_adds_signals_in_units_of_their_own_std():

@@ -226,7 +226,7 @@ def test_drift_off_is_plain_grpo(tiny, tmp_path):
 BASE = ("--drift on --select window --prompt_noise 0.25 --tau1 0.6 --tau2 1.2 --psi 1 --diversity 0.3 --diversity_features reward "
         "--metric cosine --success --gamma 1 --terminal keep --kl 0 --no-gardo --std group --train attention --clip 0.4 --grad_clip 1 "
         "--passes 1 --ema 0 --kernel cps --eta 0.8 --guidance 1 --reward class:1 --seed 0 --eval_seed 0 --batch 160 --precision float32 "
-        "--keep_checkpoints 2").split()
+        "--keep_checkpoints 2 --features reward --price potential --replace 0 --reference 24 --refresh 0").split()
 FLAGS = [
     ("model", "{tiny}", "{other}", "rollouts", "--prompts {tiny}/prompts.jsonl"),
     ("prompts", "{tiny}/prompts.jsonl", "{one}", "rollouts", ""),
@@ -234,7 +234,11 @@ FLAGS = [
     ("iterations", 2, 3, "output", ""), ("seed", 0, 1, "rollouts", ""), ("drift", "on", "off", "rollouts", ""),
     ("dry_run", False, True, "nothing", ""), ("prompts_per_step", 2, 4, "rollouts", ""), ("group_size", 4, 5, "rollouts", ""),
     ("steps", 4, 5, "rollouts", ""), ("window", "0:2", "1:3", "rollouts", ""), ("kernel", "cps", "ancestral", "rollouts", ""),
-    ("eta", 0.8, 0.5, "rollouts", ""), ("guidance", 1, 2, "rollouts", ""), ("select", "window", "spread", "update", ""),
+    ("eta", 0.8, 0.5, "rollouts", ""), ("guidance", 1, 2, "rollouts", ""),
+    ("features", "reward", "evaluator", "rollouts", "--reward fid"), ("target", "{tiny}/reward/real.npz", "{target}", "rollouts", "--reward fid"),
+    ("price", "exact", "quadratic", "rollouts", "--reward fid"), ("replace", 2, 1, "rollouts", "--reward fid --price exact"),
+    ("reference", 24, 16, "rollouts", "--reward fid"), ("refresh", 0, 1, "update", "--reward fid"),
+    ("select", "window", "spread", "update", ""),
     ("keep", 3, 2, "update", ""), ("prompt_noise", 0.25, 0.5, "rollouts", ""), ("tau1", 0.6, 0.8, "rollouts", ""),
     ("tau2", 1.2, 1.0, "rollouts", ""), ("psi", 1, 0.5, "rollouts", ""), ("diversity", 0.3, 0, "update", ""),
     ("diversity_features", "reward", "latents", "update", ""), ("metric", "cosine", "euclidean", "update", ""),
@@ -257,8 +261,9 @@ def test_the_table_covers_every_flag():
 def outcome(tiny, tmp_path_factory):
     """flags -> the metrics, checkpoint weights, checkpoints and exported weights of a run with them; each is run once."""
     tmp, known = tmp_path_factory.mktemp("flags"), {}
+    np.savez(tmp / "target.npz", mu=np.ones(64), sigma=np.eye(64))
     (tmp / "one.jsonl").write_text('{"prompt": "a dark coat", "label": 4}\n')
-    paths = {"tiny": tiny, "other": build_model(tmp / "other", seed=5), "one": tmp / "one.jsonl", "tmp": tmp}
+    paths = {"tiny": tiny, "other": build_model(tmp / "other", seed=5), "one": tmp / "one.jsonl", "tmp": tmp, "target": tmp / "target.npz"}
 
     def run(*flags):
         flags = [str(flag).format(**paths) for flag in flags]
