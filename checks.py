@@ -20,7 +20,8 @@ from rewards import DISTRIBUTION, check_classifier, check_labels, parse
 LIMITS = {                                                               # the smallest and largest value of each number
     **dict.fromkeys(("iterations", "prompts_per_step", "steps", "updates", "passes", "eval_every", "eval_images", "eval_steps",
                      "save_every", "keep_checkpoints", "batch"), (1, math.inf)),
-    **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "guidance", "tau1", "tau2", "prompt_noise", "diversity", "kl"), (0, math.inf)),
+    **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "guidance", "tau1", "tau2", "prompt_noise",
+                     "diversity", "kl"), (0, math.inf)),
     **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "ema": (0, 0.9999),
     **dict.fromkeys(("group_size", "keep", "reference"), (2, math.inf))}
 
@@ -53,7 +54,8 @@ def check(args, default):
         D = check_features(args.features, folder)
         check_target(target_path(args.target, args.features, folder), D, "kid" in weights)
         need(rollouts <= args.reference, f"--reference {args.reference}: must hold the {rollouts} rollouts of an iteration")
-        need(args.replace == 0 or args.prompts_per_step % args.replace == 0, f"--replace {args.replace}: does not divide --prompts_per_step {args.prompts_per_step}")
+        need(args.prompts_per_step % (args.replace or 1) == 0,
+             f"--replace {args.replace}: does not divide --prompts_per_step {args.prompts_per_step}")
     check_classifier(folder / "reward"), check_classifier(folder / "evaluator"), evaluation.check_real(folder / "evaluator" / "real.npz")
     args = dataclasses.replace(args, prompts=args.prompts or str(folder / "prompts.jsonl"),
                                eval_prompts=args.eval_prompts or str(folder / "eval_prompts.jsonl"))
@@ -69,6 +71,9 @@ def plan(args, prompts):
     """The sizes that follow from the flags, for a person to read before hours are spent."""
     first, end = map(int, args.window.split(":"))
     rollouts, pairs = args.prompts_per_step * args.group_size, args.prompts_per_step * args.keep * (end - first)
+    sets = {"potential": f"{rollouts} pictures"}.get(args.price, f"{rollouts // (args.replace or args.prompts_per_step)} sets of "
+                                                     f"{args.replace or args.prompts_per_step} pictures")
+    pool = f"; a reference of {args.reference} pictures prices {sets} an iteration" if {*parse(args.reward)} & {*DISTRIBUTION} else ""
     return (f"{len(prompts)} prompts; an iteration: {args.prompts_per_step} groups x {args.group_size} = {rollouts} rollouts of {args.steps} steps, "
             f"{args.keep} kept of each group x {end - first} stochastic steps = {pairs} pairs, {args.passes * args.updates} optimizer steps of "
-            f"{pairs // args.updates} pairs; {args.iterations} iterations = {args.iterations * rollouts} rollouts")
+            f"{pairs // args.updates} pairs; {args.iterations} iterations = {args.iterations * rollouts} rollouts{pool}")

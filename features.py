@@ -191,20 +191,23 @@ def read_idx(path):
         raise ValueError(f"{path}: {error}; expected an idx file of unsigned bytes") from None
 
 
-def load_target(path, network, device="cpu", block=100):
-    """-> mu [D], sigma [D, D], and the features [R, D] of its pictures or None where it holds only moments.
+def load_target(path, network, blank, block=100):
+    """-> mu [D], sigma [D, D], and the features [R, D] of its pictures or None where it holds only moments; on the device of `blank`.
 
-    Pictures go through the network in the same blocks however many processes share them, so that every count gives the same bits.
+    blank: any picture as the model makes them [1, 3, H, W]. Pictures go through the network in the same blocks however many processes
+    share them, so that every count gives the same bits. Raises ValueError where the number of features only now turns out not to fit.
     """
+    D, device = network(blank).shape[1], blank.device
+    check_target(path, D)
     if path.suffix == ".npz":
-        return *(torch.from_numpy(m).to(device) for m in read_moments(path, None)), None
+        return *(torch.from_numpy(m).to(device) for m in read_moments(path, D)), None
     if path.is_dir():
         files = picture_files(path)
         total, read = len(files), lambda i: read_picture(files[i])
     else:
         pixels = read_idx(path)
         total, read = len(pixels), lambda i: np.broadcast_to(pixels[i], (3, *pixels.shape[1:]))
-    blocks, D = -(-total // block), network(torch.from_numpy(read(0).copy()).float()[None].to(device) / 255).shape[1]
+    blocks = -(-total // block)
     found = torch.zeros(len(share(blocks)), block, D, device=device)
     for row, b in zip(found, share(blocks)):
         images = [torch.from_numpy(read(i).copy()).float() / 255 for i in range(b * block, min((b + 1) * block, total))]

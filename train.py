@@ -230,7 +230,11 @@ def train(args, prompts, judged):
     pool, measure, target = None, None, None                             # the distribution-wise reward: reference, features, moments
     if reward.distribution:
         measure = load_features(args.features, model.folder, device)
-        *target, real = load_target(target_path(args.target, args.features, model.folder), measure, device)
+        blank = model.decode(torch.zeros(1, *model.shape, device=device))
+        try:
+            *target, real = load_target(target_path(args.target, args.features, model.folder), measure, blank)
+        except ValueError as error:                                      # how many features a function has is known only now
+            runtime.refuse(error)
         empty = torch.zeros(args.reference, len(target[0]), device=device)
         pool = dist_reward.KernelReplace(empty, real) if reward.distribution == "kid" else dist_reward.SubsetReplace(empty, *target)
     everything = weights | {"average." + n: v for n, v in average.items()} | (pool.state() if pool else {})

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 import build_tiny
+import distribution
 import evidence
 import models
 import train
@@ -147,8 +148,42 @@ def test_the_report_reads_runs_and_draws(tmp_path, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 10000
 
 
+def test_the_runs_of_the_distribution_script_are_command_lines():
+    for flags in distribution.RUNS.values():
+        argv = evidence.command_line(distribution.COMMON | flags)
+        args, _, _ = train.check(train.runtime.parse_args(train.Args, "", [*argv, "--model", str(TINY)]), train.Args())
+        assert args.reward == "fid" and args.drift == "off" and all(getattr(args, k) == v for k, v in flags.items())
+
+
+def test_the_distribution_script_reports_its_runs(tmp_path, capsys, monkeypatch):
+    """One tiny run, judged by 200 pictures: every number in the tables is one, and the figure is drawn."""
+    launch(["--model", str(TINY), "--reward", "fid", "--out", str(tmp_path / "potential-0"), "--iterations", "1", "--eval_images", "20",
+            "--eval_steps", "2", "--device", "cpu", "--prompts_per_step", "2", "--group_size", "4", "--keep", "4", "--select", "all",
+            "--reference", "20"])
+    capsys.readouterr()
+    monkeypatch.setattr(distribution, "ROOT", tmp_path)
+    (tmp_path / "experiments").mkdir()
+    monkeypatch.setattr(distribution.sys, "argv", ["distribution.py", "--report", "--out", ".", "--pictures", "200"])
+    distribution.main()
+    first, second = capsys.readouterr().out.split("\n\n")
+    rows = [line.split("|")[1:-1] for line in first.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["base model", "potential"] and float(rows[1][2]) > 0
+    judged, _ = distribution.cached(tmp_path / "judged" / "potential-0-200.npz", tmp_path / "potential-0" / "model", 200)
+    assert float(rows[1][2]) == pytest.approx(judged["fid_trained"], abs=0.01)
+    assert len(second.splitlines()) == 5 and (tmp_path / "experiments" / "distribution.png").stat().st_size > 10000
+
+
+def test_the_price_benchmark_prints_a_row_for_each_size():
+    done = subprocess.run([sys.executable, str(ROOT / "experiments" / "price_benchmark.py"), "--dims", "16", "32", "--members", "300",
+                           "--replaced", "4", "--rollouts", "5"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0].strip() for row in rows] == ["16", "32"]
+    assert all(float(row[10]) < 1e-6 and float(row[11]) > 0.99 for row in rows)
+
+
 def test_the_methods_of_the_evidence_are_command_lines():
     for flags in evidence.METHODS.values():
-        argv = [word for k, v in (evidence.COMMON | flags).items() for word in (f"--{k}", str(v)) if word]
+        argv = evidence.command_line(evidence.COMMON | flags)
         args, _, _ = train.check(train.runtime.parse_args(train.Args, "", [*argv, "--model", str(TINY)]), train.Args())
         assert all(str(getattr(args, k)) == str(v) or float(getattr(args, k)) == float(v) for k, v in flags.items())

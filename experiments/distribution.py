@@ -1,0 +1,140 @@
+"""The README's results on distribution-wise rewards: the FID as the only reward, on assets/tiny.
+
+    python experiments/distribution.py                  # runs what is missing, two of one thread each at a time, then the tables and the figure
+    python experiments/distribution.py --report         # only the tables and the figure, from the runs that are there
+    python experiments/distribution.py --only potential # that run alone, with its seeds
+
+Training sees the reward classifier's features; a run is judged by 5,000 fresh pictures from the deterministic sampler, at a noise seed that
+no run has used, in those features and in the held-out evaluator's. Second table: the signal-to-noise of each price. Signal is the mean
+price of K pictures of a tuned model less that of K pictures of the base model, noise the std of the latter; `plain` is minus the FID of the
+K pictures alone.
+"""
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import eval as evaluation  # noqa: E402
+import models  # noqa: E402
+from dist_reward import SubsetReplace, frechet_distance, moments  # noqa: E402
+from evidence import load, run, spread  # noqa: E402
+from prompting import read_prompts  # noqa: E402
+
+TINY, SEEDS, FRESH_SEED = ROOT / "assets" / "tiny", 3, 7
+COMMON = {"reward": "fid", "drift": "off", "precision": "bfloat16", "save_every": 60}
+RUNS = {
+    "potential": {},
+    "exact, K = 1": {"price": "exact", "replace": 1},
+    "exact, K = 2": {"price": "exact", "replace": 2},
+    "exact, K = 5": {"price": "exact", "replace": 5},
+    "exact, K = 10": {"price": "exact", "replace": 10},
+    "quadratic, K = 10": {"price": "quadratic", "replace": 10},
+}
+
+
+@torch.inference_mode()
+def judged(folder, pictures, steps=20):
+    """Fresh pictures of a model folder -> their metrics, and their features in the space that was trained on."""
+    prompts = read_prompts(TINY / "eval_prompts.jsonl")
+    images = evaluation.generate(models.load(folder, precision="bfloat16"), prompts, pictures // len(prompts), steps, 1.0, FRESH_SEED, 500)
+    evaluator, reward = evaluation.Judge(TINY, "evaluator"), evaluation.Judge(TINY, "reward")
+    features = torch.cat([reward.network.features(x) for x in images.split(500)])
+    scores = evaluation.score(images, [p.metadata["label"] for p in prompts], evaluator.network, evaluator.real)
+    return scores | {"fid_trained": frechet_distance(*moments(features), reward.real["mu"], reward.real["sigma"])}, features
+
+
+def cached(path, folder, pictures):
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scores, features = judged(folder, pictures)
+        np.savez(path, features=features.numpy(), **scores)
+    with np.load(path) as file:
+        return {k: float(v) for k, v in file.items() if k != "features"}, torch.from_numpy(file["features"])
+
+
+METRICS = ("fid_trained", "fid", "vendi", "distance", "accuracy")
+
+
+def table(out, pictures):
+    """Prints the markdown table of the finished runs, each against the base model at the same noise."""
+    base, _ = cached(out / "judged" / f"base-{pictures}.npz", TINY, pictures)
+    print(f"| run | seeds | FD, trained on | change, % | FD, held out | change, % | Vendi | distance | accuracy |\n{'|---' * 9}|")
+    print("| base model | - | " + " | ".join(f"{base[k]:.2f}{' | -' * k.startswith('fid')}" for k in METRICS) + " |")
+    for name in RUNS:
+        done = [s for s in range(SEEDS) if (out / f"{name}-{s}" / "model").is_dir()]
+        if done:
+            rows = [cached(out / "judged" / f"{name}-{s}-{pictures}.npz", out / f"{name}-{s}" / "model", pictures)[0] for s in done]
+            cells = [f"{np.mean([r[k] for r in rows]):.2f}" + (f" | {spread([r[k] / base[k] - 1 for r in rows])}" if k.startswith("fid") else "")
+                     for k in METRICS]
+            print(f"| {name} | {len(done)} | " + " | ".join(cells) + " |")
+
+
+def signal_to_noise(out, pictures, sizes=(1, 10, 50, 200), draws=200):
+    """Prints the signal-to-noise of each price at several K, base model against the tuned model of the first run."""
+    _, base = cached(out / "judged" / f"base-{pictures}.npz", TINY, pictures)
+    _, tuned = cached(out / "judged" / f"potential-0-{pictures}.npz", out / "potential-0" / "model", pictures)
+    real, generator = np.load(TINY / "reward" / "real.npz"), torch.Generator().manual_seed(0)
+    half = torch.randperm(len(base), generator=generator)
+    pool, fresh = SubsetReplace(base[half[:len(base) // 2]], real["mu"], real["sigma"]), base[half[len(base) // 2:]]
+    print(f"\n| K | plain FID of K | exact | quadratic | potential |\n{'|---' * 5}|")
+    for K in (k for k in sizes if k <= len(pool.features)):
+        pick = lambda among: torch.stack([among[torch.randint(len(among), (K,), generator=generator)] for _ in range(draws)])
+        members, kinds = torch.randperm(len(pool.features), generator=generator)[:K], {"good": pick(tuned), "same": pick(fresh)}
+        cells = []
+        for how in ("plain", "exact", "quadratic", "potential"):
+            if how == "plain":
+                price = {k: torch.tensor([-frechet_distance(*moments(f), real["mu"], real["sigma"]) if K > 1 else np.nan for f in v])
+                         for k, v in kinds.items()}
+            else:
+                price = {k: pool.price(v, members, how) for k, v in kinds.items()}
+                price = {k: v.sum(1) if how == "potential" else v for k, v in price.items()}
+            cells.append(f"{(price['good'].mean() - price['same'].mean()) / price['same'].std():.2f}")
+        print(f"| {K} | " + " | ".join(cells) + " |")
+
+
+def draw(out, path):
+    """The Frechet distance of fresh pictures along the runs: in the features trained on, and in the held-out evaluator's."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8))
+    for axis, (metric, label) in zip(axes, (("eval/fid_trained", "features trained on"), ("eval/fid", "held-out features"))):
+        for n, name in enumerate(RUNS):
+            curves = [load(folder) for s in range(SEEDS) if ((folder := out / f"{name}-{s}") / "model").is_dir()]
+            for curve in curves:
+                axis.plot(curve["iteration"], curve[metric], color=f"C{n}", lw=0.5, alpha=0.4)
+            if curves:
+                axis.plot(curves[0]["iteration"], np.mean([c[metric] for c in curves], 0), color=f"C{n}", lw=2, marker="o", ms=3, label=name)
+        axis.set(xlabel="iteration (160 rollouts each)", ylabel=f"Frechet distance of fresh pictures, {label}", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", default="runs/distribution", help="folder for the runs")
+    parser.add_argument("--pictures", type=int, default=5000, help="fresh pictures that judge a run")
+    parser.add_argument("--only", default="", choices=["", *RUNS], help="make only this run, with its seeds")
+    parser.add_argument("--report", action="store_true", help="only print and draw what is there")
+    args = parser.parse_args()
+    out = ROOT / args.out
+    if not args.report:
+        jobs = [(out / f"{name}-{seed}", COMMON | flags | {"seed": seed}, 1) for name, flags in RUNS.items()
+                for seed in range(SEEDS) if args.only in ("", name)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(run, jobs))
+    table(out, args.pictures)
+    if (out / "potential-0" / "model").is_dir():
+        signal_to_noise(out, args.pictures)
+    draw(out, ROOT / "experiments" / "distribution.png")
+
+
+if __name__ == "__main__":
+    main()
