@@ -79,9 +79,8 @@ class SubsetReplace:
         self.mu_real = torch.as_tensor(mu_real, device=reference.device).double()
         sigma_real = torch.as_tensor(sigma_real, device=reference.device).double()
         self.root, self.trace_real = sqrt_psd(sigma_real), sigma_real.trace()
-        self.features = reference.float().clone()
-        self.sum, self.squares = self.recomputed()
-        self.spectrum = None
+        self.features = reference.float().clone()                        # [M, D]
+        self.sums, self.spectrum = self.recomputed(), None
 
     def recomputed(self):
         """The sums from scratch, in shards: sum x [D] and sum x x^T [D, D] of x = feature - mu_real, float64."""
@@ -94,20 +93,21 @@ class SubsetReplace:
 
     def refresh(self, reference=None):
         """Recomputes the sums (of a wholly new reference, if one is given) -> how far they had drifted, relative to their size."""
-        total, squares = self.recomputed()
-        drift = max(((a - b).norm() / b.norm().clamp(min=1e-300)).item() for a, b in ((self.sum, total), (self.squares, squares)))
+        now = self.recomputed()
+        drift = max(((a - b).norm() / b.norm().clamp(min=1e-300)).item() for a, b in zip(self.sums, now))
         if reference is not None:
             self.features.copy_(reference)
-            total, squares = self.recomputed()
-        self.sum.copy_(total), self.squares.copy_(squares)
+            now = self.recomputed()
+        for kept, fresh in zip(self.sums, now):
+            kept.copy_(fresh)
         self.spectrum = None
         return drift
 
     def moments(self):
         """-> mu - mu_real [D] and the unbiased covariance [D, D] of the reference."""
         M = len(self.features)
-        shift = self.sum / M
-        return shift, (self.squares - M * torch.outer(shift, shift)) / (M - 1)
+        shift = self.sums[0] / M
+        return shift, (self.sums[1] - M * torch.outer(shift, shift)) / (M - 1)
 
     def fid(self):
         shift, sigma = self.moments()
@@ -156,15 +156,15 @@ class SubsetReplace:
 
     def state(self):
         """The tensors that a checkpoint holds; copied back in place before anything is asked of this object."""
-        return {"reference.features": self.features, "reference.sum": self.sum, "reference.squares": self.squares}
+        return {"reference.features": self.features, "reference.sums.0": self.sums[0], "reference.sums.1": self.sums[1]}
 
     def replace(self, index, new):
         """Members index [K] become new [K, D]; the sums follow."""
         old, self.features[index] = self.features[index], new.float()
         for sign, part in ((1, self.features[index]), (-1, old)):        # the float32 values that are kept, so that nothing drifts
             x = part.double() - self.mu_real
-            self.sum += sign * x.sum(0)
-            self.squares += sign * (x.T @ x)
+            self.sums[0].add_(sign * x.sum(0))
+            self.sums[1].add_(sign * (x.T @ x))
         self.spectrum = None
 
 
@@ -190,7 +190,7 @@ class KernelReplace:
         R = len(real)
         own = sum(polynomial_kernel(x, x).diagonal().sum() for x in self.real.split(256))
         self.real_term = (kernel_sums(self.real, self.real).sum() - own) / (R * (R - 1))
-        self.sum, self.squares = self.recomputed()
+        self.sums = self.recomputed()
 
     def recomputed(self):
         """sum over j of k(x_i, x_j), its own term included [M], and the mean over real y of k(x_i, y) [M]."""
@@ -202,34 +202,35 @@ class KernelReplace:
         return (x.double().square().sum(-1) / x.shape[-1] + 1) ** 3
 
     def value(self):
-        M = len(self.features)
-        return float((self.sum - self.own(self.features)).sum() / (M * (M - 1)) + self.real_term - 2 * self.squares.mean())
+        M, (among, to_real) = len(self.features), self.sums
+        return float((among - self.own(self.features)).sum() / (M * (M - 1)) + self.real_term - 2 * to_real.mean())
 
     def price(self, new, replaced, how="exact"):
         """As SubsetReplace.price."""
-        M, (G, K, D) = len(self.features), new.shape
+        M, (G, K, D), (among, to_real) = len(self.features), new.shape, self.sums
         new, old = new.float(), self.features[replaced]
         with_all = kernel_sums(new.reshape(-1, D), self.features).reshape(G, K)               # sum over the reference of k(new, x)
         with_real = kernel_sums(new.reshape(-1, D), self.real).reshape(G, K) / len(self.real)
         if how == "potential":
-            phi_new, phi_old = 2 * (with_all / M - with_real), 2 * (self.sum[replaced] / M - self.squares[replaced])
+            phi_new, phi_old = 2 * (with_all / M - with_real), 2 * (among[replaced] / M - to_real[replaced])
             return -(phi_new - phi_old) / M
         if how not in ("exact", "quadratic"):
             raise ValueError(f"how={how!r} is none of exact, quadratic, potential")
         pairs = lambda x: polynomial_kernel(x, x).sum() - self.own(x).sum()                   # of different members
         among_new = torch.stack([pairs(x) for x in new])
         across = torch.stack([polynomial_kernel(x, old).sum() for x in new])
-        gone = 2 * (self.sum[replaced] - self.own(old)).sum() - pairs(old)                    # pairs that lose a member
+        gone = 2 * (among[replaced] - self.own(old)).sum() - pairs(old)                    # pairs that lose a member
         change = (2 * (with_all.sum(1) - across) + among_new - gone) / (M * (M - 1))
-        return -(change - 2 * (with_real.sum(1) - self.squares[replaced].sum()) / M)
+        return -(change - 2 * (with_real.sum(1) - to_real[replaced].sum()) / M)
 
     def replace(self, index, new):
         """Members index [K] become new [K, D]; the sums follow."""
         old, new = self.features[index], new.float()
-        self.sum += kernel_sums(self.features, new) - kernel_sums(self.features, old)
+        among, to_real = self.sums
+        among += kernel_sums(self.features, new) - kernel_sums(self.features, old)
         self.features[index] = new
-        self.sum[index] = kernel_sums(new, self.features)
-        self.squares[index] = kernel_sums(new, self.real) / len(self.real)
+        among[index] = kernel_sums(new, self.features)
+        to_real[index] = kernel_sums(new, self.real) / len(self.real)
 
 
 def price_groups(pool, new, oldest, how="potential", replace=0):

@@ -603,6 +603,13 @@ def test_a_later_picture_that_is_broken_is_named(tmp_path):
     refused(lambda: load_target(tmp_path / "t", look, BLANK), tmp_path / "t" / "5.png")
 
 
+def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch):
+    pictures(6)(tmp_path / "t")
+    check_target(tmp_path / "t", 5)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)                   # PIL refuses twice as many
+    refused(lambda: check_target(tmp_path / "t", 5), tmp_path / "t" / "0.png")
+
+
 @pytest.mark.parametrize("write, name, naming", [
     (moments_file(mu=np.zeros(4), sigma=covariance(4)), "t.npz", "4 features"), (pictures(5), "t", "5 pictures"),
     (content(idx(pixels(5, 4, 5))), "t.idx", "5 pictures")])
