@@ -12,6 +12,7 @@ import gzip
 import importlib
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +45,19 @@ def check_features(spec, folder):
     if kind in HUB:
         try:
             import transformers
-            config = transformers.AutoConfig.from_pretrained(rest or HUB[kind][0])
+            config = transformers.AutoConfig.from_pretrained(rest or HUB[kind][0], trust_remote_code=False)
+            if not config.model_type.startswith(kind):
+                raise ValueError(f"is a {config.model_type}, not a {kind}")
             return getattr(getattr(config, "vision_config", config), HUB[kind][1])
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"--features {spec}: {str(error).splitlines()[0]}") from None
+        except Exception as error:                                       # a library's: each kind of broken config raises another
+            raise ValueError(f"--features {spec}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     if rest:
         try:
-            getattr(importlib.import_module(kind), rest)
+            if not callable(getattr(importlib.import_module(kind), rest)):
+                raise TypeError(f"{rest} is not a function")
             return None
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"--features {spec}: {error}") from None
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"--features {spec}: {' '.join(str(error).split())}") from None
     raise ValueError(f"--features {spec}: none of reward, evaluator, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function")
 
 
@@ -101,11 +105,14 @@ def corner_bilinear(images, size):
 def vision(kind, name, device):
     """DINOv2's class token or CLIP's embedding: antialiased bicubic resize of bytes, the network's own mean and std."""
     import transformers
+    owner = transformers.AutoModel if kind == "dinov2" else transformers.CLIPVisionModelWithProjection
+    network, found = owner.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+    if found["missing_keys"]:
+        raise ValueError(f"{name}: lacks the weights {', '.join(sorted(found['missing_keys']))}")
+    network = network.to(device).eval()
     if kind == "dinov2":
-        network = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
         size, mean, std = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     else:
-        network = transformers.CLIPVisionModelWithProjection.from_pretrained(name, dtype=torch.float32).to(device).eval()
         size, mean, std = network.config.image_size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
 
@@ -149,12 +156,12 @@ def read_moments(path, D):
     """-> mu [D], sigma [D, D], float64, looked at closely. Raises ValueError in one line; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+            mu, sigma = (file[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
     except KeyError:
         raise ValueError(f"{path}: lacks mu or sigma") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not an npz file of numbers ({error})") from None
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"{path}: mu has the shape {mu.shape} and sigma {sigma.shape}; expected [D] and [D, D]")
     if D and len(mu) != D:
         raise ValueError(f"{path}: holds {len(mu)} features where --features has {D}")
@@ -173,21 +180,25 @@ def read_picture(path):
     """-> uint8 [3, H, W]. Raises ValueError naming the file."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):                        # PIL would limit, not scale
+                raise ValueError(f"{image.mode}: more than 8 bits a channel")
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a picture ({error})") from None
 
 
-def read_idx(path):
-    """An idx file (plain or .gz) -> uint8 array. Raises ValueError naming the file when it is not one."""
+def read_idx(path, rank=3):
+    """An idx file (plain or .gz) of pictures (rank 3) or labels (1) -> uint8 array. Raises ValueError naming the file when it is not one."""
     try:
         raw = Path(path).read_bytes()
         raw = gzip.decompress(raw) if str(path).endswith(".gz") else raw
         dims = struct.unpack(f">{raw[3]}I", raw[4:4 + 4 * raw[3]])
         if raw[:3] != b"\0\0\x08":
             raise ValueError("not an idx file of unsigned bytes")
+        if len(dims) != rank or 0 in dims:
+            raise ValueError(f"has the dimensions {dims} where {rank} are expected")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
-    except (OSError, EOFError, IndexError, ValueError, struct.error) as error:
+    except (OSError, EOFError, IndexError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(f"{path}: {error}; expected an idx file of unsigned bytes") from None
 
 

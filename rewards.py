@@ -30,6 +30,8 @@ class Classifier(nn.Module):
 
     def features(self, images):
         """images [B, 1 or 3, 28, 28] in [0, 1] -> float32 [B, 64]."""
+        if images.shape[2:] != (28, 28):
+            raise ValueError(f"the tiny classifiers see 28 x 28 pictures, not {images.shape[2]} x {images.shape[3]}")
         return self.trunk(images.mean(1, keepdim=True) * 2 - 1)
 
     def forward(self, images):

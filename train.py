@@ -143,6 +143,18 @@ def explore(args, model, policy, table, null, who, samples, key):
     return rollout(model, policy, condition, noise[:, 0] * policy.path.sigma(policy.times[0]).item(), noise[:, 1:], null, args.batch)
 
 
+def open_distribution(args, model, kind):
+    """What the reward fid or kid needs: an empty reference of M members, the feature network, the moments of the real pictures."""
+    blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
+    try:
+        measure = load_features(args.features, model.folder, model.device)
+        *target, real = load_target(target_path(args.target, args.features, model.folder), measure, blank)
+    except ValueError as error:                                          # how many features a function has is known only now
+        runtime.refuse(error)
+    empty = torch.zeros(args.reference, len(target[0]), device=model.device)
+    return dist_reward.KernelReplace(empty, real) if kind == "kid" else dist_reward.SubsetReplace(empty, *target), measure, target
+
+
 @torch.inference_mode()
 def fresh_reference(args, model, policy, table, null, measure, step):
     """Features [M, D] of M new rollouts, all prompts in turn: what the distribution-wise reward starts from."""
@@ -227,16 +239,7 @@ def train(args, prompts, judged):
     weights = {n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
     average = {n: p.detach().clone() for n, p in weights.items()} if args.ema else {}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    pool, measure, target = None, None, None                             # the distribution-wise reward: reference, features, moments
-    if reward.distribution:
-        measure = load_features(args.features, model.folder, device)
-        blank = model.decode(torch.zeros(1, *model.shape, device=device))
-        try:
-            *target, real = load_target(target_path(args.target, args.features, model.folder), measure, blank)
-        except ValueError as error:                                      # how many features a function has is known only now
-            runtime.refuse(error)
-        empty = torch.zeros(args.reference, len(target[0]), device=device)
-        pool = dist_reward.KernelReplace(empty, real) if reward.distribution == "kid" else dist_reward.SubsetReplace(empty, *target)
+    pool, measure, target = open_distribution(args, model, reward.distribution) if reward.distribution else (None, None, None)
     everything = weights | {"average." + n: v for n, v in average.items()} | (pool.state() if pool else {})
     newest, state = runtime.newest_checkpoint(out)
     if newest:

@@ -50,12 +50,12 @@ TOKENS = 10                                                             # the lo
 def load_split(folder, split):
     """-> images float32 [n, 1, 28, 28] in [0, 1], labels int64 [n]; split is 'train' or 't10k'."""
     found = []
-    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+    for kind, rank in (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1)):
         paths = [p for p in (Path(folder, f"{split}-{kind}.gz"), Path(folder, f"{split}-{kind}")) if p.is_file()]
         if not paths:
             raise SystemExit(f"{folder}: no {split}-{kind}[.gz]; install the Debian package dataset-fashion-mnist or pass --data FOLDER")
         try:
-            found.append(torch.from_numpy(read_idx(paths[0]).copy()))
+            found.append(torch.from_numpy(read_idx(paths[0], rank).copy()))
         except ValueError as error:
             raise SystemExit(str(error)) from None
     return found[0][:, None].float() / 255, found[1].long()
@@ -232,11 +232,14 @@ def report(folders, judge, test, test_labels, pictures):
     """Quality with 20 deterministic steps of fresh pictures at balanced prompts, and, as a floor, of as many real test pictures."""
     real, evaluator = np.load(judge / "evaluator" / "real.npz"), load_classifier(judge / "evaluator")
     prompts, each = read_prompts(judge / "eval_prompts.jsonl"), pictures // 10
-    rows = [("real test pictures", torch.cat([test[test_labels == p.metadata["label"]][:each] for p in prompts]))]
-    for folder in folders:
-        model = models.load(folder, precision="bfloat16")
-        rows += [(f"{folder}, guidance {g}", evaluation.generate(model, prompts, each, 20, g, seed=0, batch=500)) for g in GUIDANCES]
-    for name, images in rows:
+
+    def rows():
+        yield "real test pictures", torch.cat([test[test_labels == p.metadata["label"]][:each] for p in prompts])
+        for folder in folders:
+            model = models.load(folder, precision="bfloat16")
+            yield from ((f"{folder}, guidance {g}", evaluation.generate(model, prompts, each, 20, g, seed=0, batch=500)) for g in GUIDANCES)
+
+    for name, images in rows():
         scores = evaluation.score(images, [p.metadata["label"] for p in prompts], evaluator, real)
         print(f"{name:40} accuracy {scores['accuracy']:.3f}  Frechet distance {scores['fid']:.3f}  Vendi {scores['vendi']:.1f}", flush=True)
 
