@@ -49,12 +49,14 @@ def trace_root_change(l, Z, core):
     if 4 * Z.shape[1] > Z.shape[2]:
         changed = torch.linalg.eigvalsh(torch.diag(l) + Z.transpose(1, 2) @ core @ Z)
         return changed.clamp(min=0).sqrt().sum(1) - l.sqrt().sum()
-    top = l.max().clamp(min=1e-300).log().item()
+    size = Z.square().sum((1, 2)).max() * core.norm()                    # a change may be larger than all that it changes
+    top = torch.maximum(l.max(), size).clamp(min=1e-300).log().item()
     u = torch.arange(math.floor(top) - 50, math.ceil(top) + 40, dtype=l.dtype, device=l.device)
     change = 0
     for s in u.exp().split(max(1, 2**24 // (Z.shape[0] * Z.shape[1] * Z.shape[2]))):
         resolvent = (Z / (l + s[:, None, None, None])) @ Z.transpose(1, 2)                   # [s, G, r, r]
         log_det = torch.linalg.slogdet(torch.eye(Z.shape[1], dtype=Z.dtype, device=Z.device) + core @ resolvent).logabsdet
+        log_det = log_det.nan_to_num(neginf=0.0)                         # I is lost to rounding only where s^(1/2) is negligible
         change = change + (s.sqrt()[:, None] * log_det).sum(0) / (2 * math.pi)
     return change
 

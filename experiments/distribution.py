@@ -26,7 +26,7 @@ from evidence import load, run, spread  # noqa: E402
 from prompting import read_prompts  # noqa: E402
 
 TINY, SEEDS, FRESH_SEED = ROOT / "assets" / "tiny", 3, 7
-COMMON = {"reward": "fid", "drift": "off", "precision": "bfloat16", "save_every": 60}
+COMMON = {"reward": "fid", "drift": "off", "eta": 0.5, "lr": 2e-4, "updates": 1, "iterations": 30, "precision": "bfloat16", "save_every": 30}
 RUNS = {
     "potential": {},
     "exact, K = 1": {"price": "exact", "replace": 1},
