@@ -152,7 +152,7 @@ def main():
     if not args.report:
         jobs = [(out / f"{name}-{seed}", COMMON | flags | {"seed": seed}, 1) for name, flags in METHODS.items()
                 for seed in seeds if seed < SEEDS[name]]
-        jobs.sort(key=lambda job: job[0].name.split("-")[0] not in ("plain GRPO", "DRIFT, all"))    # the main comparison first
+        jobs.sort(key=lambda job: (job[0].name.split("-")[0] not in ("plain GRPO", "DRIFT, all"), job[1]["seed"]))     # the main comparison first
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, jobs))
     runs = table(out, METHODS, seeds)

@@ -141,7 +141,7 @@ def test_two_processes_pay_what_one_pays(tiny, tmp_path, pictures):
 def test_features_that_are_none_stop_the_run(tiny, tmp_path, monkeypatch):
     (tmp_path / "broken_features.py").write_text(
         "import torch\nseen = []\n\ndef f(images):\n    seen.append(1)\n"
-        "    return images.flatten(1)[:, :4] * (float('nan') if len(seen) == 4 else 1)\n")
+        "    return images.flatten(1)[:, :4] * (float('nan') if len(seen) == 6 else 1)\n")
     monkeypatch.syspath_prepend(tmp_path)
     np.savez(tmp_path / "target.npz", mu=np.zeros(4), sigma=np.eye(4))
     argv = small(tiny, tmp_path / "run", *FID, "--features", "broken_features:f", "--target", tmp_path / "target.npz")
@@ -157,7 +157,7 @@ def test_own_features_of_another_size_than_the_target_are_refused(tiny, tmp_path
     with pytest.raises(SystemExit) as stop:
         launch(small(tiny, tmp_path / "run", *FID, "--features", "small_features:f", "--target", tmp_path / "target.npz"))
     line = capfd.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "5" in line and "4" in line and "small_features" in line and not (tmp_path / "run").exists()
+    assert stop.value.code == 2 and "target.npz" in line and "5 features" in line and "4" in line and not (tmp_path / "run").exists()
 
 
 TEACH = ("--iterations 16 --prompts_per_step 4 --group_size 16 --keep 16 --train all --lr 0.005 --kernel cps --eta 1 --std batch --clip 1 "
