@@ -53,6 +53,8 @@ def check(args, default):
     if {*weights} & {*DISTRIBUTION}:
         D = check_features(args.features, folder)
         check_target(target_path(args.target, args.features, folder), D, "kid" in weights)
+        if args.features == "evaluator":                                 # then the reward classifier judges
+            evaluation.check_real(folder / "reward" / "real.npz")
         need(rollouts <= args.reference, f"--reference {args.reference}: must hold the {rollouts} rollouts of an iteration")
         need(args.prompts_per_step % (args.replace or 1) == 0,
              f"--replace {args.replace}: does not divide --prompts_per_step {args.prompts_per_step}")

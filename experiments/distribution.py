@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import eval as evaluation  # noqa: E402
 import models  # noqa: E402
 from dist_reward import SubsetReplace, frechet_distance, moments  # noqa: E402
-from evidence import load, run, spread  # noqa: E402
+from evidence import draw, load, run, spread  # noqa: E402
 from prompting import read_prompts  # noqa: E402
 
 TINY, FRESH_SEED = ROOT / "assets" / "tiny", 7
@@ -98,26 +98,6 @@ def signal_to_noise(out, pictures, sizes=(1, 10, 50, 200), draws=200):
         print(f"| {K} | " + " | ".join(cells) + " |")
 
 
-def draw(out, path):
-    """The Frechet distance of fresh pictures along the runs: in the features trained on, and in the held-out evaluator's."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8))
-    for axis, (metric, label) in zip(axes, (("eval/fid_trained", "features trained on"), ("eval/fid", "held-out features"))):
-        for n, name in enumerate(RUNS):
-            curves = [load(folder) for s in range(SEEDS[name]) if ((folder := out / f"{name}-{s}") / "model").is_dir()]
-            for curve in curves:
-                axis.plot(curve["iteration"], curve[metric], color=f"C{n}", lw=0.5, alpha=0.4)
-            if curves:
-                axis.plot(curves[0]["iteration"], np.mean([c[metric] for c in curves], 0), color=f"C{n}", lw=2, marker="o", ms=3, label=name)
-        axis.set(xlabel="iteration (160 rollouts each)", ylabel=f"Frechet distance of fresh pictures, {label}", ylim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default="runs/distribution", help="folder for the runs")
@@ -134,7 +114,10 @@ def main():
     table(out, args.pictures)
     if (out / "potential-0" / "model").is_dir():
         signal_to_noise(out, args.pictures)
-    draw(out, ROOT / "experiments" / "distribution.png")
+    runs = {name: {s: load(out / f"{name}-{s}") for s in range(SEEDS[name]) if (out / f"{name}-{s}" / "model").is_dir()} for name in RUNS}
+    draw({name: curves for name, curves in runs.items() if curves}, ROOT / "experiments" / "distribution.png",
+         ("iteration", "iteration (160 rollouts each)"),
+         [("eval/fid_trained", "Frechet distance of fresh pictures, features trained on"), ("eval/fid", "the same, held-out features")])
 
 
 if __name__ == "__main__":

@@ -105,20 +105,22 @@ def spread(values):
     return f"{100 * np.mean(values):+.1f} +- {100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
 
 
-def draw(runs, path):
-    """Reward-diversity curves: thin lines are seeds, thick ones the mean over seeds at each evaluation; the base model is where all start."""
+ALIGNMENT = "eval/log_prob", "alignment: held-out log-probability (higher is better)"
+PANELS = [("eval/vendi", "diversity: Vendi score within a prompt (higher is better)"), ("eval/fid", "Frechet distance to real pictures (lower is better)")]
+
+
+def draw(runs, path, x=ALIGNMENT, panels=PANELS):
+    """Curves of runs, {name: {seed: evaluations}}: thin lines are seeds, thick ones the mean over seeds; the base model is where all start."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = [("eval/vendi", "diversity: Vendi score within a prompt (higher is better)"), ("eval/fid", "Frechet distance to real pictures (lower is better)")]
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2))
     for axis, (metric, label) in zip(axes, panels):
         for n, (name, curves) in enumerate(runs.items()):
             for curve in curves.values():
-                axis.plot(curve["eval/log_prob"], curve[metric], color=f"C{n}", lw=0.5, alpha=0.35)
-            x, y = (np.mean([c[k] for c in curves.values()], 0) for k in ("eval/log_prob", metric))
-            axis.plot(x, y, color=f"C{n}", lw=2, marker="o", ms=3, label=name)
-        axis.set(xlabel="alignment: held-out log-probability (higher is better)", ylabel=label)
+                axis.plot(curve[x[0]], curve[metric], color=f"C{n}", lw=0.5, alpha=0.35)
+            axis.plot(*(np.mean([c[k] for c in curves.values()], 0) for k in (x[0], metric)), color=f"C{n}", lw=2, marker="o", ms=3, label=name)
+        axis.set(xlabel=x[1], ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.tight_layout()

@@ -210,3 +210,10 @@ def test_as_a_command(tiny, tmp_path, flags, lines):
 def test_the_good_command_line_is_accepted(tiny, tmp_path):
     assert launch(small(tiny, tmp_path / "run", "--dry_run")) is None    # no SystemExit
     assert not (tmp_path / "run").exists()
+
+
+def test_real_moments_of_the_other_judge(tiny, tmp_path, refused):
+    """With the evaluator's features paid, the reward classifier judges, and its moments are needed too."""
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "reward" / "real.npz").unlink()
+    refused(small(tmp_path / "model", tmp_path / "run", "--reward", "fid", "--features", "evaluator"), "reward/real.npz")
