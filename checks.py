@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+from pathlib import Path
 
 import torch
 
@@ -16,11 +17,12 @@ import runtime
 from features import check_features, check_target, target_path
 from prompting import read_prompts
 from rewards import DISTRIBUTION, check_classifier, check_labels, parse
+from weights import open_checkpoints, sweep
 
 LIMITS = {                                                               # the smallest and largest value of each number
     **dict.fromkeys(("iterations", "prompts_per_step", "steps", "updates", "passes", "eval_every", "eval_images", "eval_steps",
-                     "save_every", "keep_checkpoints", "batch"), (1, math.inf)),
-    **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "guidance", "tau1", "tau2", "prompt_noise",
+                     "save_every", "keep_checkpoints", "keep_snapshots", "batch"), (1, math.inf)),
+    **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "snapshot_every", "guidance", "tau1", "tau2", "prompt_noise",
                      "diversity", "kl"), (0, math.inf)),
     **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "ema": (0, 0.9999),
     **dict.fromkeys(("group_size", "keep", "reference"), (2, math.inf))}
@@ -79,3 +81,57 @@ def plan(args, prompts):
     return (f"{len(prompts)} prompts; an iteration: {args.prompts_per_step} groups x {args.group_size} = {rollouts} rollouts of {args.steps} steps, "
             f"{args.keep} kept of each group x {end - first} stochastic steps = {pairs} pairs, {args.passes * args.updates} optimizer steps of "
             f"{pairs // args.updates} pairs; {args.iterations} iterations = {args.iterations * rollouts} rollouts{pool}")
+
+
+MERGE_LIMITS = {
+    **dict.fromkeys(("updates", "steps", "batch"), (1, math.inf)), **dict.fromkeys(("seed", "report_seed", "guidance"), (0, math.inf)),
+    **dict.fromkeys(("group_size", "images", "reference", "report_images"), (2, math.inf)), **dict.fromkeys(("std", "lr"), (1e-12, math.inf))}
+
+
+def check_merge(args, default):
+    """Resolves defaults and refuses what cannot run -> args, base folder, checkpoints, prompts, eval prompts. Raises ValueError, in one line."""
+    def need(ok, message):
+        if not ok:
+            raise ValueError(message)
+    need(args.out, "--out: name the folder to write")
+    need(len(args.checkpoints) > 1 or args.command == "average", f"{args.command}: one checkpoint is nothing to merge; give two or more")
+    uses = {"average": {"coefficients"}, "ema": {"sigma_rel"}}.get(args.command, {*vars(args)} - {"coefficients"}) | {"command", "checkpoints", "out", "model"}
+    for name in (name for name, value in vars(args).items() if value != getattr(default, name, value) and name not in uses):
+        raise ValueError(f"--{name}: means nothing to merge.py {args.command}")
+    for name, (low, high) in MERGE_LIMITS.items():
+        value = getattr(args, name)
+        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
+    lengths = numbers("sigma_rel", args.sigma_rel)
+    need(all(0 < s < 0.288 for s in lengths), f"--sigma_rel {args.sigma_rel}: each must be between 0 and 0.288")
+    folder, views = open_checkpoints(args.checkpoints, args.model)
+    args = dataclasses.replace(args, model=str(folder))
+    if args.command != "rl":
+        need(not Path(args.out).exists(), f"--out {args.out}: exists; choose another")
+        c = numbers("coefficients", args.coefficients)
+        need(len(c) in (0, len(views)), f"--coefficients {args.coefficients}: {len(c)} numbers for {len(views)} checkpoints")
+        need(not c or abs(sum(c) - 1) < 1e-6, f"--coefficients {args.coefficients}: sum to {sum(c):.6g}; they must sum to 1")
+        need(args.command == "average" or len(sweep(views, lengths)), "ema: needs two or more averages that train.py kept (snapshots/NNNNN-0.050.safetensors)")
+        return args, folder, views, [], []
+    weights, half = parse(args.reward), folder / args.features
+    args = dataclasses.replace(args, target=args.target or str(half / "real-1.npz"), report_target=args.report_target or args.target or str(half / "real-2.npz"),
+                               prompts=args.prompts or str(folder / "prompts.jsonl"))
+    if {*weights} & {*DISTRIBUTION}:
+        D = check_features(args.features, folder)
+        for path in (args.target, args.report_target):
+            check_target(Path(path), D, "kid" in weights)
+    check_classifier(folder / "reward")
+    prompts, judged = read_prompts(args.prompts), read_prompts(folder / "eval_prompts.jsonl")
+    check_labels(judged, "eval_prompts.jsonl"), check_labels(prompts if {*weights} - {*DISTRIBUTION} else [], args.prompts)
+    for name, count in (("images", len(prompts)), ("reference", len(prompts)), ("report_images", len(judged))):
+        need(getattr(args, name) % count == 0, f"--{name} {getattr(args, name)}: must be a multiple of the {count} prompts")
+    need(args.images <= args.reference, f"--images {args.images}: is more than --reference {args.reference}")
+    need(args.group_size % 2 == 0, f"--group_size {args.group_size}: must be even, for mirrored pairs")
+    runtime.open_run(args.out, vars(args), free=("out",))
+    return args, folder, views, prompts, judged
+
+
+def numbers(flag, text):
+    try:
+        return [float(x) for x in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"--{flag} {text}: write numbers with commas between, as in 0.05,0.1") from None

@@ -54,23 +54,27 @@ def check_real(path):
 class Judge:
     """A classifier that a run is judged by, and the moments of the real pictures in its features: a folder as assets/tiny/evaluator."""
 
-    def __init__(self, model_folder, name, device="cpu"):
-        self.network, self.real = rewards.load_classifier(Path(model_folder) / name, device), np.load(Path(model_folder) / name / "real.npz")
+    def __init__(self, model_folder, name, device="cpu", real="real.npz"):
+        self.network, self.real = rewards.load_classifier(Path(model_folder) / name, device), np.load(Path(model_folder) / name / real)
 
 
 @torch.inference_mode()
-def generate(model, prompts, n, steps, guidance, seed, batch):
-    """n pictures for each of P prompts -> [P * n, 3, H, W], prompt by prompt; picture i's noise is a function of (seed, i) alone."""
-    total, times = len(prompts) * n, model.path.times(steps)
+def pictures(model, prompts, n, numbers, steps, guidance, key, batch):
+    """The pictures `numbers` of P prompts, n each, by the deterministic sampler -> [len(numbers), 3, H, W]. Picture i has prompt i // n, and
+    noise that is a function of (key, i) alone."""
+    times, images = model.path.times(steps), []
     table, null = model.encode([p.text for p in prompts]), model.encode([""])
-    mine, images = share(total), []
-    for at in range(mine.start, mine.stop, batch):
-        i = torch.arange(at, min(at + batch, mine.stop))
-        x_T = seeded_noise((EVAL_STREAM, seed), i, model.shape).to(model.device) * model.path.sigma(times[0]).item()
+    for i in torch.as_tensor(numbers, dtype=torch.long).split(batch):
+        x_T = seeded_noise(key, i, model.shape).to(model.device) * model.path.sigma(times[0]).item()
         prompt = tuple(y[i.to(model.device) // n] for y in table)
         images.append(model.decode(sample(model, model.path, times, prompt, x_T, guidance, null)).float())
-    mine = torch.cat(images) if images else torch.empty(0, 3, *model.shape[1:], device=model.device)
-    return gather(mine, total)
+    return torch.cat(images) if images else torch.empty(0, 3, *model.shape[1:], device=model.device)
+
+
+def generate(model, prompts, n, steps, guidance, seed, batch):
+    """n pictures for each of P prompts -> [P * n, 3, H, W], prompt by prompt, on every process; each draws its share."""
+    mine = pictures(model, prompts, n, list(share(len(prompts) * n)), steps, guidance, (EVAL_STREAM, seed), batch)
+    return gather(mine, len(prompts) * n)
 
 
 @torch.inference_mode()

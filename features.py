@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dist_reward import moments
+from dist_reward import KernelReplace, SubsetReplace, moments
 from rewards import check_classifier, load_classifier
 from runtime import gather, share
 
@@ -226,3 +226,14 @@ def load_target(path, network, blank, block=100):
         row[:len(images)] = torch.cat([network(x.to(device)) for x in stacks])
     features = gather(found, blocks).flatten(0, 1)[:total]
     return *moments(features), features
+
+
+def open_pool(kind, spec, target, folder, members, blank):
+    """What the reward `kind` (fid or kid) needs -> an empty reference of M = `members`, the feature network, mu and sigma of the real pictures.
+
+    blank: one picture [1, 3, H, W], to learn how many features there are. Raises ValueError, in one line.
+    """
+    network = load_features(spec, folder, blank.device)
+    *moments_, real = load_target(target_path(target, spec, folder), network, blank)
+    empty = torch.zeros(members, len(moments_[0]), device=blank.device)
+    return KernelReplace(empty, real) if kind == "kid" else SubsetReplace(empty, *moments_), network, moments_

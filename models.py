@@ -62,6 +62,11 @@ def _check_safetensors(name, path):
         raise ValueError(f"--model {name}: {path.name} in {path.parent.name} is damaged ({error})") from None
 
 
+def network_files(folder):
+    """The safetensors files of the network that is trained: what a merge reads."""
+    return [Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"]
+
+
 def load(name, device="cpu", precision="float32"):
     """Loads a model for training: weights in float32, forwards under bfloat16 autocast if precision says so."""
     return StableDiffusion3(check(name), torch.device(device), precision)

@@ -52,6 +52,9 @@ def parse_args(cls, description, argv=None):
     for f in dataclasses.fields(cls):
         kind = {"choices": get_args(f.type)} if get_origin(f.type) is Literal else {"type": f.type, "metavar": f.type.__name__}
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        if f.default is dataclasses.MISSING:                             # a field without default is positional; a list takes one or more
+            parser.add_argument(f.name, help=comments[f.name], **({"nargs": "+", "metavar": f.name.rstrip("s").upper()} if f.type is list else kind))
+            continue
         groups[sections[f.name]].add_argument("--" + f.name, default=f.default, help=comments[f.name], **kind)
     return cls(**vars(parser.parse_args(argv)))
 
@@ -194,11 +197,12 @@ def open_run(out, config, free=()):
 
 
 def save_checkpoint(out, step, weights, optimizer, lines, keep):
-    """checkpoint-NNNNN/: weights.safetensors, optimizer.pt, state.json (step, and how many lines of metrics.jsonl belong to it)."""
+    """checkpoint-NNNNN/: weights.safetensors, optimizer.pt (if there is one), state.json (step, and how many lines of metrics.jsonl belong to it)."""
     def write(folder):
         folder.mkdir()
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / "weights.safetensors")
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        if optimizer:
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         (folder / "state.json").write_text(json.dumps({"step": step, "lines": lines}))
     if rank() == 0:
         write_atomic(Path(out) / f"checkpoint-{step:05d}", write)
@@ -221,13 +225,14 @@ def newest_checkpoint(out):
     return (found[-1], json.loads((found[-1] / "state.json").read_text())) if found else (None, {"step": 0, "lines": 0})
 
 
-def load_checkpoint(folder, weights, optimizer):
+def load_checkpoint(folder, weights, optimizer=None):
     """Copies a checkpoint's tensors into `weights` (a dict of tensors, as it was saved) and its state into the optimizer."""
     saved = load_file(folder / "weights.safetensors")
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(saved[name])
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    if optimizer:
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
 
 @contextmanager

@@ -27,11 +27,12 @@ import eval as evaluation
 import models
 import runtime
 from checks import check, plan
-from features import load_features, load_target, target_path
+from features import open_pool
 from prompting import draw_prompts, noised_prompt
 from rewards import Reward, group_advantage
 from sampling import Policy, concentrated_subset, log_prob, rollout, seeded_noise
 from shaping import gardo, group_diversity, shaped_returns
+from weights import EMA_LENGTHS, Weights, fingerprint, power_decay, save_snapshots
 
 ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3                 # 2 is the evaluation's: no two draws share their noise
 
@@ -99,6 +100,8 @@ class Args:
     eval_seed: int = 0                              # of the evaluation's noise
     save_every: int = 10                            # iterations between checkpoints
     keep_checkpoints: int = 2                       # how many of the newest stay
+    snapshot_every: int = 10                        # iterations between snapshots of the trained weights and two averages, for merge.py; 0: none
+    keep_snapshots: int = 6                         # how many of the newest stay
     batch: int = 160                                # pictures, or (picture, step) pairs, in one forward of a process: memory only
     precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' forwards; step and log-probs are float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
@@ -141,18 +144,6 @@ def explore(args, model, policy, table, null, who, samples, key):
     prompt_noise = tuple(seeded_noise((*key, 1 + n), samples, y.shape[1:]).to(y) for n, y in enumerate(prompt))
     condition = noised_prompt(prompt, prompt_noise, args.prompt_noise, args.tau1, args.tau2, args.psi)
     return rollout(model, policy, condition, noise[:, 0] * policy.path.sigma(policy.times[0]).item(), noise[:, 1:], null, args.batch)
-
-
-def open_distribution(args, model, kind):
-    """What the reward fid or kid needs: an empty reference of M members, the feature network, the moments of the real pictures."""
-    blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
-    try:
-        measure = load_features(args.features, model.folder, model.device)
-        *target, real = load_target(target_path(args.target, args.features, model.folder), measure, blank)
-    except ValueError as error:                                          # how many features a function has is known only now
-        runtime.refuse(error)
-    empty = torch.zeros(args.reference, len(target[0]), device=model.device)
-    return dist_reward.KernelReplace(empty, real) if kind == "kid" else dist_reward.SubsetReplace(empty, *target), measure, target
 
 
 @torch.inference_mode()
@@ -239,8 +230,17 @@ def train(args, prompts, judged):
     weights = {n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
     average = {n: p.detach().clone() for n, p in weights.items()} if args.ema else {}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    pool, measure, target = open_distribution(args, model, reward.distribution) if reward.distribution else (None, None, None)
+    powers = {s: {n: p.detach().clone() for n, p in weights.items()} for s in EMA_LENGTHS} if args.snapshot_every else {}
+    snapshot_facts = {"base": args.model, "fingerprint": fingerprint(Weights(models.network_files(model.folder)))} if powers else {}
+    pool, measure, target = None, None, None
+    if reward.distribution:
+        blank = model.decode(torch.zeros(1, *model.shape, device=device))
+        try:
+            pool, measure, target = open_pool(reward.distribution, args.features, args.target, model.folder, args.reference, blank)
+        except ValueError as error:                                      # how many features a function has is known only now
+            runtime.refuse(error)
     everything = weights | {"average." + n: v for n, v in average.items()} | (pool.state() if pool else {})
+    everything |= {f"power.{s}.{n}": v for s, tensors in powers.items() for n, v in tensors.items()}
     newest, state = runtime.newest_checkpoint(out)
     if newest:
         runtime.load_checkpoint(newest, everything, optimizer)
@@ -276,8 +276,9 @@ def train(args, prompts, judged):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         row = update(args, model, reference, policy, null, optimizer, list(weights.values()), trajectory, index, advantage, step)
-        for name, value in average.items():
-            value.lerp_(weights[name].detach(), 1 - args.ema)
+        for tensors, decay in ((average, args.ema), *((tensors, power_decay(step + 1, s)) for s, tensors in powers.items())):
+            for name, value in tensors.items():
+                value.lerp_(weights[name].detach(), 1 - decay)
         if pool:                                                         # the oldest members make way
             pool.replace((oldest + torch.arange(found[..., 0].numel(), device=device)) % args.reference, found.flatten(0, 1))
             row["reference"] = pool.value()
@@ -295,6 +296,8 @@ def train(args, prompts, judged):
         if last:
             with runtime.swapped(weights, average):
                 runtime.save_model(out / "model", model)
+        if powers and (last or (step + 1) % args.snapshot_every == 0) and runtime.rank() == 0:
+            save_snapshots(out, step + 1, weights, powers, snapshot_facts, args.keep_snapshots)
         if last or (step + 1) % args.save_every == 0:
             runtime.save_checkpoint(out, step + 1, everything, optimizer, log.lines, args.keep_checkpoints)
 

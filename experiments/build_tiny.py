@@ -202,8 +202,9 @@ def save_classifier(folder, model, images, labels):
     with torch.inference_mode():
         features = torch.cat([model.features(x) for x in images.split(1000)])
     within = [evaluation.mean_distance(features[labels == c][:500]) for c in labels.unique()]
-    mu, sigma = moments(features)
-    np.savez(folder / "real.npz", mu=mu, sigma=sigma, scale=np.mean(within) / 2)
+    for name, part in (("real", features), ("real-1", features[::2]), ("real-2", features[1::2])):        # whole, and halves: search, report
+        mu, sigma = moments(part)
+        np.savez(folder / f"{name}.npz", mu=mu, sigma=sigma, scale=np.mean(within) / 2)
 
 
 def save_generator(folder, model):

@@ -1,0 +1,317 @@
+"""Merging checkpoints of one base, and RL over the merging coefficients (distribution-wise rewards, arXiv 2607.02291, second half).
+
+    python merge.py average A B C --out FOLDER                    theta = sum_k c_k theta_k with sum_k c_k = 1; negatives are allowed
+    python merge.py ema runs/x/snapshots/*-0* --sigma_rel 0.15    post-hoc EMA of any length (EDM2, arXiv 2312.02696, section 3.1)
+    torchrun merge.py rl runs/x/snapshots/* --out FOLDER          coefficients found by policy gradient, beside every baseline
+A merge is a point c of an affine space, c = 1/K + z Q with Q [K - 1, K] an orthonormal basis of the vectors that sum to zero. The policy is
+z ~ N(mean, std^2). Its pictures come from the deterministic sampler that inference uses: the randomness of RL is in the weights' place, not
+in the step's. The paper's abstract says no more than this; the policy, the blocks and the pricing against a pool are our reading.
+Left out: merging models of different architectures, and second-order policies (with fewer than 20 numbers an evolution strategy is as good).
+"""
+import copy
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
+
+import dist_reward
+import eval as evaluation
+import models
+import runtime
+from checks import check_merge, numbers
+from features import load_target, open_pool
+from rewards import DISTRIBUTION, Reward, group_advantage
+from sampling import seeded_noise
+from weights import Over, Weights, block_of, open_checkpoints, put, sweep
+
+SEARCH_STREAM, POOL_STREAM, POLICY_STREAM, RANDOM_STREAM = 4, 5, 6, 7    # 0 to 3 are the training's and the evaluation's
+
+
+@dataclass
+class Args:
+    command: Literal["average", "ema", "rl"]        # what to do
+    checkpoints: list                               # model folders, snapshots of train.py or LoRA files, all of one base
+    # any command
+    out: str = ""                                   # folder to write (required)
+    model: str = ""                                 # base model folder (default: what the checkpoints name)
+    # average
+    coefficients: str = ""                          # one number a checkpoint, as in 0.5,0.8,-0.3; they must sum to 1 (default: all equal)
+    # ema and rl
+    sigma_rel: str = "0.03,0.05,0.07,0.1,0.15,0.2"  # lengths of the average relative to the training; ema writes a folder for each
+    # rl: the policy
+    blocks: bool = False                            # coefficients for each block of the network, not for the whole model
+    updates: int = 30                               # policy updates
+    group_size: int = 8                             # coefficient vectors an update, in mirrored pairs
+    std: float = 0.3                                # the policy's std at the start, in units of a coefficient
+    lr: float = 1.0                                 # step of the mean, in units of its std; log std takes a tenth of it
+    seed: int = 0                                   # of the policy and of the search's noise
+    # rl: the reward
+    reward: str = "fid:1"                           # as train.py's
+    features: str = "reward"                        # as train.py's
+    target: str = ""                                # real pictures of the search (default: one half, the model folder's real-1.npz)
+    images: int = 300                               # pictures of each coefficient vector; a multiple of the prompts
+    reference: int = 3000                           # M, pictures of the mean's in the reference, of which `images` are replaced
+    prompts: str = ""                               # (default: the model folder's prompts.jsonl)
+    # rl: the table
+    report_target: str = ""                         # real pictures of the table (default: the other half, real-2.npz)
+    report_images: int = 5000                       # pictures of each row, at noise that no search has seen
+    report_seed: int = 1000                         # of that noise
+    # rl: sampling, machine
+    steps: int = 10                                 # deterministic sampling steps
+    guidance: float = 1.0                           # classifier-free guidance
+    batch: int = 500                                # pictures in one forward: memory only
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' forwards
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging.
+
+def merge(state_dicts, coefficients):
+    """sum_k c_k theta_k, tensor by tensor: K mappings of the same names and shapes, coefficients [K] (or [1, K]) or [B, K] -> dict.
+
+    Rows of [B, K] belong to the blocks in the order sorted({block_of(name)}). Sums are float64 and come back in the widest of the K types; a
+    checkpoint of coefficient 0 is not even read, so that a one-hot merge is that checkpoint bit for bit. What is no floating-point number
+    (a counter) is taken from the checkpoint with the largest coefficient. Mappings may read lazily: one tensor of each is held at a time.
+    Raises ValueError naming the first entry that differs, or if a row does not sum to one.
+    """
+    first, c = state_dicts[0], torch.as_tensor(coefficients, dtype=torch.float64)
+    blocks = sorted({block_of(name) for name in first})
+    if c.shape not in ((len(state_dicts),), (1, len(state_dicts)), (len(blocks), len(state_dicts))):
+        raise ValueError(f"coefficients of the shape {tuple(c.shape)} for {len(state_dicts)} checkpoints and {len(blocks)} blocks")
+    if not ((c.sum(-1) - 1).abs() < 1e-6).all():
+        raise ValueError(f"coefficients sum to {c.sum(-1).flatten()[(c.sum(-1) - 1).abs().argmax()]:.6g}, not to 1")
+    for k, other in enumerate(state_dicts):
+        if odd := sorted({*first} ^ {*other}):
+            raise ValueError(f"checkpoint {k + 1}: {odd[0]} is in only one of it and the first")
+    rows = dict(zip(blocks, c.expand(len(blocks), -1).tolist()))
+    return {name: _merge_entry(name, state_dicts, rows[block_of(name)]) for name in first}
+
+
+def _merge_entry(name, state_dicts, c):
+    total, types, shape = None, [], None
+    for k in sorted(range(len(c)), key=lambda k: -c[k]):
+        if c[k] == 0:
+            continue
+        value = state_dicts[k][name]
+        if shape not in (None, value.shape):
+            raise ValueError(f"checkpoint {k + 1}: {name} has the shape {tuple(value.shape)}, another {tuple(shape)}")
+        if not value.is_floating_point():
+            return value.clone()
+        total = c[k] * value.double() if total is None else total.add_(value.double(), alpha=c[k])
+        shape, types = value.shape, types + [value.dtype]
+    wide = types[0]
+    for dtype in types[1:]:
+        wide = torch.promote_types(wide, dtype)
+    return total.to(wide)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RL over the coefficients.
+
+def zero_sum_basis(K):
+    """Orthonormal rows [K - 1, K], each of sum zero (Helmert's): c = 1/K + z Q sums to one for every z."""
+    k = torch.arange(1, K, dtype=torch.float64)[:, None]
+    j = torch.arange(K)
+    return ((j < k).double() - k * (j == k)) / (k * (k + 1)).sqrt()
+
+
+def coefficients_of(z):
+    """z [..., K - 1] -> c [..., K], affine: the sum is one."""
+    return 1 / (z.shape[-1] + 1) + z @ zero_sum_basis(z.shape[-1] + 1)
+
+
+def policy_step(mean, log_std, z, advantage, lr):
+    """One natural-gradient step of E[A] for z [G, ...] ~ N(mean, std^2), advantage [G] -> mean, log_std.
+
+    grad log N, times the inverse Fisher information, is std^2 (z - mean) / std^2 for the mean and ((z - mean)^2 / std^2 - 1) / 2 for log std:
+    in units of the policy's own std, so that one lr serves however far the search has narrowed.
+    """
+    eps, A = (z - mean) / log_std.exp(), advantage.reshape(-1, *[1] * mean.dim()).double()
+    return mean + lr * log_std.exp() * (A * eps).mean(0), log_std + 0.1 * lr * (A * (eps**2 - 1)).mean(0) / 2
+
+
+class Search:
+    """What a merge is worth by its pictures: the model, its checkpoints, prompts and reward, and the reference that subset-replace works on."""
+
+    def __init__(self, args, model, views, prompts):
+        self.args, self.model, self.views, self.prompts = args, model, views, prompts
+        self.reward, self.pool = Reward(args.reward, model.folder, model.device), None
+        if self.reward.distribution:
+            blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
+            self.pool, self.measure, _ = open_pool(self.reward.distribution, args.features, args.target, model.folder, args.reference, blank)
+            self.pool.refresh(self.features_of(torch.full((len(views),), 1 / len(views)), args.reference, (POOL_STREAM, args.seed)))
+
+    def pictures(self, c, numbers, count, key):
+        """Pictures `numbers` of `count`, every prompt alike often, of the merge with coefficients c [K] or [B, K]."""
+        put(self.model.network, merge(self.views, c))
+        return evaluation.pictures(self.model, self.prompts, count // len(self.prompts), numbers, self.args.steps, self.args.guidance, key, self.args.batch)
+
+    def features_of(self, c, count, key):
+        """Features [count, D] of the merge's pictures; each process draws its share."""
+        images = self.pictures(c, list(runtime.share(count)), count, key)
+        return runtime.gather(torch.cat([self.measure(x) for x in images.split(self.args.batch)]), count)
+
+    def group(self, candidates, count, key, pool, replaced):
+        """Reward terms {name: [G]} of coefficient vectors [G, B, K], all at the same noise and prompts; each process builds and samples its own."""
+        who = [self.prompts[i // (count // len(self.prompts))] for i in range(count)]
+        mine, terms, features = runtime.share(len(candidates)), [], []
+        names = [name for name in self.reward.weights if name not in DISTRIBUTION]
+        for c in candidates[mine.start:mine.stop]:
+            images = self.pictures(c, list(range(count)), count, key)
+            found = self.reward(images, [p.text for p in who], [p.metadata for p in who])
+            terms.append(torch.tensor([found[name].double().mean() for name in names], dtype=torch.float64, device=images.device))
+            features.append(torch.cat([self.measure(x) for x in images.split(self.args.batch)]) if pool else images.new_zeros(count, 0))
+        blank = torch.zeros(0, count, pool.features.shape[1] if pool else 0, device=self.model.device)      # a process may have none
+        features = runtime.gather(torch.stack(features) if features else blank, len(candidates))
+        terms = runtime.gather(torch.stack(terms) if terms else blank.new_zeros(0, len(names), dtype=torch.float64), len(candidates))
+        priced = {self.reward.distribution: len(pool.features) / count * pool.price(features, replaced, "exact")} if pool else {}
+        return dict(zip(names, terms.T.cpu())) | {name: price.cpu() for name, price in priced.items()}
+
+    def advantage(self, terms):
+        """Reward terms {name: [G]} -> [G]: each centred, in units of its own std over the group, then weighted."""
+        index = torch.arange(len(next(iter(terms.values()))))[None]
+        return sum(weight * group_advantage(terms[name][None], index)[0] for name, weight in self.reward.weights.items())
+
+
+def rivals(views, paths, lengths):
+    """-> {name: coefficients [K]} that need no search: each checkpoint alone, the uniform average, post-hoc EMA of every length."""
+    K = len(views)
+    found = {Path(path).stem or path: torch.eye(K, dtype=torch.float64)[k] for k, path in enumerate(paths)}
+    found["uniform average"] = torch.full((K,), 1 / K, dtype=torch.float64)
+    return found | {f"EMA {length:g}": c for length, c in zip(lengths, sweep(views, lengths))}
+
+
+def search(args, task, blocks, fixed, log):
+    """The policy's updates, and beside each as many random vectors. -> final coefficients [B, K], {name: of the best of each kind of rival}."""
+    G, n, M, shape, out = args.group_size, args.images, args.reference, (blocks, len(task.views) - 1), Path(args.out)
+    zeros = lambda *size: torch.zeros(*size, dtype=torch.float64)
+    names = [*task.reward.weights]
+    own = {"mean": zeros(shape), "log_std": zeros(shape) + math.log(args.std), "fixed": zeros(len(names), len(fixed)), "random": zeros(len(names), args.updates * G)}
+    first, everything = copy.deepcopy(task.pool), own | (task.pool.state() if task.pool else {})
+    draw = lambda stream, update, size: seeded_noise((stream, args.seed, update), range(size), shape).double()
+    newest, state = runtime.newest_checkpoint(out)
+    if newest:
+        runtime.load_checkpoint(newest, everything)
+    else:
+        vectors = torch.stack(list(fixed.values()))[:, None].expand(-1, blocks, -1)
+        terms = task.group(vectors, M, (POOL_STREAM, args.seed), first, torch.arange(M))
+        own["fixed"].copy_(torch.stack([terms[name] for name in names]))
+    for update in tqdm(range(state["step"], args.updates), initial=state["step"], total=args.updates, disable=runtime.rank() > 0, desc="merge rl"):
+        began, members, key = time.time(), (update * n + torch.arange(n)) % M, (SEARCH_STREAM, args.seed, update)
+        # ------------------------------------------------ the policy
+        noise = draw(POLICY_STREAM, update, G // 2)
+        z = own["mean"] + own["log_std"].exp() * torch.cat([noise, -noise])                   # mirrored pairs: [G, B, K - 1]
+        terms = task.group(coefficients_of(z), n, key, task.pool, members)
+        for name, value in zip(("mean", "log_std"), policy_step(own["mean"], own["log_std"], z, task.advantage(terms), args.lr)):
+            own[name].copy_(value)
+        c = coefficients_of(own["mean"])
+        if task.pool:                                                    # the mean's pictures, at the noise that the group had
+            task.pool.replace(members, task.features_of(c, n, key))
+        # ------------------------------------------------ its rival at equal cost: random vectors, one noise and one reference for all
+        tried = task.group(coefficients_of(args.std * draw(RANDOM_STREAM, update, G)), n, (SEARCH_STREAM, args.seed, 0), first, torch.arange(n))
+        own["random"][:, update * G:(update + 1) * G] = torch.stack([tried[name] for name in names])
+        log.write({"update": update + 1} | {f"reward/{name}": value.mean().item() for name, value in terms.items()}
+                  | ({"reference": task.pool.value()} if task.pool else {}) | {"coefficients": c.tolist(), "std": own["log_std"].exp().mean(1).tolist(),
+                  "sum_error": (c.sum(1) - 1).abs().max().item(), "seconds": time.time() - began})
+        runtime.save_checkpoint(out, update + 1, everything, None, log.lines, 2)
+    worth = task.advantage(dict(zip(names, own["fixed"])))
+    best = lambda among: max(among, key=lambda name: worth[[*fixed].index(name)]) if among else None
+    singles = best([*fixed][:len(task.views)])
+    chosen = {f"best single checkpoint ({singles})": fixed[singles], "uniform average": fixed["uniform average"]}
+    if length := best([name for name in fixed if name.startswith("EMA ")]):
+        chosen[f"best post-hoc {length}"] = fixed[length]
+    at = int(task.advantage(dict(zip(names, own["random"]))).argmax())
+    chosen["random search"] = coefficients_of(args.std * draw(RANDOM_STREAM, at // G, G)[at % G])
+    return coefficients_of(own["mean"]), chosen
+
+
+def report(args, task, base, judged, rows):
+    """The table: each row's merge judged by fresh pictures, against the half of the real ones that no search has seen. -> markdown lines"""
+    lines, real, folder = [], None, task.model.folder
+    if task.pool:
+        *real, _ = load_target(Path(args.report_target), task.measure, task.model.decode(torch.zeros(1, *task.model.shape, device=task.model.device)))
+    judge = evaluation.Judge(folder, "evaluator", task.model.device, "real-2.npz") if (folder / "evaluator").is_dir() else None
+    for name, c in rows.items():
+        put(task.model.network, base if c is None else merge(task.views, c))
+        images = evaluation.generate(task.model, judged, args.report_images // len(judged), args.steps, args.guidance, args.report_seed, args.batch)
+        scores = {}
+        if task.pool:
+            found = torch.cat([task.measure(x) for x in images.split(args.batch)])
+            scores["FD, searched features"] = dist_reward.frechet_distance(*dist_reward.moments(found), *real)
+        if judge:
+            found = evaluation.score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
+            scores |= {"FD, held-out features": found["fid"], "Vendi": found["vendi"], "accuracy": found["accuracy"]}
+        if not lines:
+            lines = ["| merge | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|"]
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in scores.values()) + " |")
+    return "\n".join(lines)
+
+
+def draw(out, names):
+    """out/coefficients.png: the policy's mean and std over the updates, a line for each checkpoint (the mean over blocks, if there are some)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    for name, line in zip(names, np.mean([row["coefficients"] for row in rows], 1).T):
+        axes[0].plot([row["update"] for row in rows], line, label=name)
+    axes[1].plot([row["update"] for row in rows], [row["std"] for row in rows])
+    axes[0].set(xlabel="update", ylabel="mean of the policy: coefficient"), axes[1].set(xlabel="update", ylabel="its std, one line a block")
+    axes[0].legend(fontsize=6, ncol=2), figure.tight_layout()
+    runtime.write_atomic(Path(out) / "coefficients.png", lambda path: figure.savefig(path, dpi=100, format="png"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+
+@record
+def main(argv=None):
+    args = runtime.parse_args(Args, __doc__, argv)
+    try:
+        args, folder, views, prompts, judged = check_merge(args, Args(args.command, args.checkpoints))
+    except ValueError as error:
+        runtime.refuse(error)
+    if args.command == "rl":
+        rl(args, folder, views, prompts, judged)
+    elif runtime.rank() == 0:
+        lengths = numbers("sigma_rel", args.sigma_rel)
+        jobs = dict(zip(map(str, lengths), sweep(views, lengths))) if args.command == "ema" else {
+            "": numbers("coefficients", args.coefficients) or [1 / len(views)] * len(views)}
+        model = models.load(str(folder))
+        for length, c in jobs.items():
+            put(model.network, merge(views, c))
+            folder = Path(args.out) / length if len(jobs) > 1 else Path(args.out)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            runtime.save_model(folder, model)
+            print(f"{folder}: " + ", ".join(f"{x:.4f} {Path(p).stem or p}" for x, p in zip(c, args.checkpoints)))
+    runtime.finish()
+
+
+def rl(args, folder, views, prompts, judged):
+    """Search, table, plot and the merged model, in args.out."""
+    device, out = runtime.start(args.device), Path(args.out)
+    model, base = models.load(str(folder), device, args.precision), Weights(models.network_files(folder))
+    blocks = len({block_of(name) for name in views[0]}) if args.blocks else 1
+    log = runtime.Log(out, vars(args), runtime.newest_checkpoint(out)[1]["lines"])
+    task = Search(args, model, views, prompts)
+    c, rows = search(args, task, blocks, rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel)), log)
+    table = report(args, task, Over({}, base, list(views[0])), judged, {"base model": None} | rows | {"RL": c})
+    put(model.network, merge(views, c))
+    runtime.save_model(out / "model", model)
+    if runtime.rank() == 0:
+        runtime.write_atomic(out / "table.md", lambda path: path.write_text(table + "\n"))
+        draw(out, [Path(p).stem or p for p in args.checkpoints])
+        print(table, f"{out}: coefficients.png, table.md, and the merged model in model/", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Weights: the tensors of a network by name, read from files one at a time: whole models, snapshots of a run, LoRA files.
+
+A mapping name -> tensor is all that a merge asks for, so a checkpoint is one of
+    Weights   safetensors files as they are        Lora   W + alpha / r B A, from a file of A and B
+    Over      either of them, over the base that it changes
+and nothing is in memory but the tensor that was asked for. A snapshot carries its base's fingerprint, so that it is never merged into another.
+Below them, the averages whose weights are powers of time, from which an average of any other length can be made afterwards (post-hoc EMA).
+Left out: files that are not safetensors (edm2.read_pickle and sit.load make a state dict of theirs).
+"""
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import models
+import runtime
+
+
+EMA_LENGTHS = (0.05, 0.10)                                               # sigma_rel of the averages that training keeps, as EDM2 does
+
+
+class Weights(Mapping):
+    """The tensors of safetensors files, each read when it is asked for; `facts` is the first file's metadata. Raises ValueError, in one line."""
+
+    def __init__(self, files):
+        self.files, self.facts = {}, {}
+        for file in files:
+            try:
+                opened = safe_open(file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file}: not a safetensors file ({error})") from None
+            self.facts = self.facts or dict(opened.metadata() or {})
+            self.files.update(dict.fromkeys(opened.keys(), opened))
+
+    def __getitem__(self, name):
+        return self.files[name].get_tensor(name)
+
+    def shape(self, name):
+        return tuple(self.files[name].get_slice(name).get_shape())
+
+    def __iter__(self):
+        return iter(sorted(self.files))
+
+    def __len__(self):
+        return len(self.files)
+
+
+class Over(Mapping):
+    """A checkpoint that changes some of a base's tensors, or holds them all; seen under the names `names`."""
+
+    def __init__(self, changed, base, names):
+        self.changed, self.base, self.names = changed, base, names
+
+    def __getitem__(self, name):
+        return self.changed[name] if name in self.changed else self.base[name]
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+class Lora(Mapping):
+    """The tensors that a LoRA file changes: W + alpha / r B A. Names as diffusers and peft write them: [part.]layer.lora_A.weight."""
+
+    def __init__(self, file, base):
+        self.file, self.base, self.facts = file, base, file.facts
+        self.prefix = {re.sub(r"^(transformer|unet)\.", "", n.removesuffix(".lora_A.weight")): n.removesuffix(".lora_A.weight")
+                       for n in file if n.endswith(".lora_A.weight")}
+
+    def __getitem__(self, name):
+        layer = self.prefix[name.removesuffix(".weight")]
+        down, up = self.file[layer + ".lora_A.weight"].float(), self.file[layer + ".lora_B.weight"].float()
+        alpha = self.file[layer + ".alpha"].item() if layer + ".alpha" in self.file else len(down)
+        change = alpha / len(down) * (up.flatten(1) @ down.flatten(1))
+        return self.base[name].float() + change.reshape(self.base.shape(name))
+
+    def shape(self, name):
+        layer = self.prefix[name.removesuffix(".weight")]
+        up, down = self.file.shape(layer + ".lora_B.weight"), self.file.shape(layer + ".lora_A.weight")
+        whole = self.base.shape(name) if name in self.base else ()
+        return whole if (up[0], up[1], math.prod(down[1:])) == (whole[0], down[0], math.prod(whole[1:])) else (up[0], down[1])
+
+    def __iter__(self):
+        return iter(sorted(layer + ".weight" for layer in self.prefix))
+
+    def __len__(self):
+        return len(self.prefix)
+
+
+def fingerprint(weights):
+    """A digest of a base: all names and shapes, and the numbers of some 30 tensors, so that a snapshot knows whose it is."""
+    names, digest = list(weights), hashlib.sha256()
+    digest.update(json.dumps([(n, weights.shape(n)) for n in names]).encode())
+    for name in names[::max(1, len(names) // 30)]:
+        digest.update(weights[name].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_snapshots(out, iteration, weights, averages, facts, keep):
+    """out/snapshots/NNNNN.safetensors, the raw trained weights, and NNNNN-0.050.safetensors for each average; only the last `keep` stay."""
+    folder = Path(out) / "snapshots"
+    folder.mkdir(exist_ok=True)
+    for suffix, tensors, length in (("", weights, ""), *((f"-{s:.3f}", average, str(s)) for s, average in averages.items())):
+        tensors = {n: p.detach().float().cpu().contiguous() for n, p in tensors.items()}
+        facts = facts | {"iteration": str(iteration), "sigma_rel": length}
+        runtime.write_atomic(folder / f"{iteration:05d}{suffix}.safetensors", lambda path: save_file(tensors, path, metadata=facts))
+    for old in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.name[:5]))[:-keep * (1 + len(averages))]:
+        old.unlink()
+
+
+def open_checkpoints(paths, model=""):
+    """-> the base's folder, and a mapping of each checkpoint over the same names, with .facts. Raises ValueError naming what does not fit."""
+    opened = [None if Path(p).is_dir() else Weights([p]) for p in paths]
+    named = [w.facts["base"] for w in opened if w and "base" in w.facts]
+    folder = model or next(iter(named), next((p for p, w in zip(paths, opened) if w is None), ""))
+    if not folder:
+        raise ValueError(f"{paths[0]}: does not say what its base is; name it with --model FOLDER")
+    base, mark = Weights(models.network_files(models.check(folder))), None
+    for k, path in enumerate(paths):
+        if opened[k] is None:
+            opened[k] = Weights(models.network_files(models.check(path)))
+            if odd := sorted({*opened[k]} ^ {*base}):
+                raise ValueError(f"{path}: {odd[0]} is in only one of it and the base {folder}")
+        elif any(name.endswith(".lora_A.weight") for name in opened[k]):
+            opened[k] = Lora(opened[k], base)
+        if "fingerprint" in opened[k].facts:
+            mark = mark or fingerprint(base)
+            if opened[k].facts["fingerprint"] != mark:
+                raise ValueError(f"{path}: was made from another base than {folder} ({opened[k].facts.get('base', 'unnamed')})")
+        if not len(opened[k]):
+            raise ValueError(f"{path}: holds no tensor")
+        for name in opened[k]:
+            if name not in base:
+                raise ValueError(f"{path}: {name} is not in the base {folder}")
+            if opened[k].shape(name) != base.shape(name):
+                raise ValueError(f"{path}: {name} has the shape {opened[k].shape(name)}, the base {folder} {base.shape(name)}")
+    names = sorted(set().union(*opened))
+    views = [Over(weights, base, names) for weights in opened]
+    for view, weights, path in zip(views, opened, paths):
+        found = re.search(r"(\d+)-(0\.\d+)\.", Path(path).name)
+        view.facts = {"iteration": found[1], "sigma_rel": found[2]} if found and not weights.facts.get("sigma_rel") else weights.facts
+    return Path(folder), views
+
+
+def block_of(name):
+    """The block that a parameter belongs to: its name up to the first number, or "rest"."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found[1] if found else "rest"
+
+
+def put(network, tensors):
+    """Copies tensors, by name, into a network's parameters and buffers."""
+    with torch.no_grad():
+        for name, own in network.state_dict(keep_vars=True).items():
+            if name in tensors:
+                own.copy_(tensors[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Post-hoc EMA: an average with weights t^gamma up to the snapshot's time has the relative width sigma_rel.
+
+def sigma_rel_of(gamma):
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def gamma_of(sigma_rel):
+    """The inverse: the largest real root of g^3 + 7 g^2 + (16 - s^-2) g + 12 - s^-2. sigma_rel below sqrt(1/12) = 0.2887, a plain mean."""
+    roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
+    return float(roots[np.abs(roots.imag) < 1e-9].real.max())
+
+
+def power_decay(t, sigma_rel):
+    """What is kept of the average when the t-th weights (t = 1, 2, ...) come in: (1 - 1/t)^(gamma + 1); the first are taken whole."""
+    return (1 - 1 / t) ** (gamma_of(sigma_rel) + 1)
+
+
+def profile_product(t_a, gamma_a, t_b, gamma_b):
+    """The inner product of two averages' profiles p(s) ~ s^gamma on [0, t], each of integral 1; arrays broadcast."""
+    earlier = np.where(t_a < t_b, gamma_b, -gamma_a)
+    return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** earlier / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
+
+
+def ema_coefficients(times, sigma_rels, sigma_rel, time=None):
+    """The coefficients [K] that make averages of K (time, sigma_rel) the nearest to one of `sigma_rel` at `time` (default: the last).
+
+    Least squares between profiles, then divided by their sum (EDM2 eq. 26 ff.). Many come out negative: an affine space, not a simplex.
+    """
+    t, gamma = np.asarray(times, float), np.array([gamma_of(s) for s in sigma_rels])
+    a = profile_product(t[:, None], gamma[:, None], t[None], gamma[None])
+    b = profile_product(t, gamma, t.max() if time is None else float(time), gamma_of(sigma_rel))
+    x = np.linalg.solve(a, b)
+    return x / x.sum()
+
+
+def sweep(views, lengths):
+    """Post-hoc EMA coefficients [K] for each length, over those checkpoints that are averages; none if fewer than two are."""
+    which = [k for k, view in enumerate(views) if view.facts.get("sigma_rel")]
+    if len(which) < 2:
+        return torch.zeros(0, len(views))
+    marks = [(views[k].facts["iteration"], views[k].facts["sigma_rel"]) for k in which]
+    if len(set(marks)) < len(marks):
+        raise ValueError(f"two checkpoints are the average {max(marks, key=marks.count)[1]} of iteration {max(marks, key=marks.count)[0]}; give each once")
+    times, widths = ([float(views[k].facts[name]) for k in which] for name in ("iteration", "sigma_rel"))
+    found = torch.zeros(len(lengths), len(views), dtype=torch.float64)
+    found[:, which] = torch.stack([torch.as_tensor(ema_coefficients(times, widths, length)) for length in lengths])
+    return found
