@@ -61,6 +61,34 @@ def trace_root_change(l, Z, core):
     return change
 
 
+def bend_factors(root, tolerance=1e-7):
+    """a [Q, D] with sum_q a_qi a_qj = 1 / (r_i r_j (r_i + r_j)), Q about 15: a partial Cholesky of the kernel of that with diagonal 1.
+
+    The kernel 2 (r_i r_j)^(1/2) / (r_i + r_j) is smooth in log r, so what is left falls exponentially with every pivot; it is a bound on
+    every entry, relative to the geometric mean of the two diagonal ones.
+    """
+    left, factors = torch.ones_like(root), root.new_zeros(0, len(root))
+    while left.max() > tolerance:
+        i = left.argmax()
+        column = 2 * (root * root[i]).sqrt() / (root + root[i]) - factors[:, i] @ factors
+        factors = torch.cat([factors, (column / left[i].sqrt())[None]])
+        left = (left - factors[-1].square()).clamp(min=0)
+        left[i] = 0
+    return factors / (2 * root**3).sqrt()
+
+
+def quadratic_form(new, old, factors):
+    """sum_ij E_ij^2 / (r_i r_j (r_i + r_j)) for E = N^T N - O^T O - n^T n, N = new[g, :-1], n = new[g, -1] and O = old [K, D] -> [G].
+
+    E [D, D] is never made: sum_ij a_i a_j E_ij^2 = sum_kl s_k s_l (V diag(a) V^T)_kl^2, V all the rows and s their signs. O(Q K^2 D).
+    """
+    sign, total = torch.cat([new.new_ones(new.shape[1] - 1), -new.new_ones(1)]), 0
+    for a in factors.to(new):
+        own, across, among = (new * a) @ new.transpose(1, 2), (new * a) @ old.T, (old * a) @ old.T       # [G, A, A], [G, A, K], [K, K]
+        total = total + (own.square() @ sign @ sign - 2 * (across.square().sum(2) @ sign) + among.square().sum()).double()
+    return total
+
+
 class SubsetReplace:
     """A reference of M generated features with running sums, its FID to the real moments, and the price of replacing some members.
 
@@ -142,18 +170,19 @@ class SubsetReplace:
         if how not in ("exact", "quadratic"):
             raise ValueError(f"how={how!r} is none of exact, quadratic, potential")
         G, K, D = new.shape
-        sign = torch.cat([torch.ones(K), -torch.ones(K)]).to(new)
-        core = (torch.diag(sign) - torch.outer(sign, sign) / M) / (M - 1)                     # its second part: the mean has moved too
-        rows = torch.cat([new, old.expand(G, K, D)], 1)                                       # [G, 2K, D]; S changes by rows^T core rows
-        move, trace = (sign[:, None] * rows).sum(1) / M, ((core @ rows) * rows).sum((1, 2))   # of the mean [G, D], of Tr S [G]
-        Z = rows @ B
+        gone = (new.sum(1) - old.sum(0))[:, None] / math.sqrt(M)                              # the mean has moved too: [G, 1, D]
+        # (M - 1) dS = new^T new - old^T old - gone^T gone
+        move, trace = gone[:, 0] / math.sqrt(M), (new.square().sum((1, 2)) - old.square().sum() - gone.square().sum((1, 2))) / (M - 1)
         if how == "exact":
-            cross = trace_root_change(l, Z, core)
-        else:                                                            # E = Z^T C Z: sum E_ii / (2 l_i^1/2) - 1/4 sum E_ij^2 / (...)
-            root, first = floored.sqrt(), ((core @ Z) * Z).sum(1)        # [D]; the diagonal of E [G, D]
-            bend = 1 / (root[:, None] * root * (root[:, None] + root))
-            second = torch.stack([((z.T @ (core.float() @ z)).square() * bend.float()).sum() for z in Z.float()])
-            cross = (first / (2 * root)).sum(1) - second.double() / 4
+            sign = torch.cat([torch.ones(K), -torch.ones(K)]).to(new)                        # gone is in their span: of rank 2K
+            core = (torch.diag(sign) - torch.outer(sign, sign) / M) / (M - 1)
+            cross = trace_root_change(l, torch.cat([new, old.expand(G, K, D)], 1) @ B, core)
+        else:                                                            # E the change of A: sum E_ii / (2 l_i^1/2) - 1/4 sum E_ij^2 / (...)
+            root, small = floored.sqrt(), torch.float64 if D < 512 else torch.float32         # time counts where D does; 1e-5 is enough there
+            Z = torch.cat([new, gone], 1).flatten(0, 1).to(small) @ B.to(small)
+            new, old = Z.reshape(G, K + 1, D), old.to(small) @ B.to(small)
+            first = new[:, :K].double().square().sum(1) - old.double().square().sum(0) - new[:, K].double().square()          # E_ii [G, D]
+            cross = (first / (2 * root)).sum(1) / (M - 1) - quadratic_form(new, old, bend_factors(root)) / (4 * (M - 1) ** 2)
         return -((shift + move).square().sum(1) - shift.square().sum() + trace - 2 * cross)
 
     def state(self):

@@ -4,7 +4,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from dist_reward import KernelReplace, SubsetReplace, frechet_distance, kernel_sums, moments, price_groups, trace_root_change
+from dist_reward import (KernelReplace, SubsetReplace, bend_factors, frechet_distance, kernel_sums, moments, price_groups, quadratic_form,
+                         trace_root_change)
 
 HOWS = "exact", "quadratic", "potential"
 
@@ -542,3 +543,29 @@ def test_sets_that_do_not_divide_the_groups_are_refused(kind, how):
     for K in (4, 5, 7):
         with pytest.raises(ValueError, match=f"{K} pictures do not divide 6"):
             price_groups(pool, cloud(6, 2, 5), 0, how, K)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_the_factors_of_the_second_order_are_exact_to_rounding(spread):
+    root = torch.logspace(np.log10(spread), 0, 300, dtype=torch.float64)[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
+    a, bend = bend_factors(root), 1 / (root[:, None] * root * (root[:, None] + root))
+    assert len(a) <= 20
+    assert ((a.T @ a - bend).abs() <= 1e-6 * (bend.diagonal()[:, None] * bend.diagonal()).sqrt()).all()
+    new, old = cloud(2, 4, 300).double(), cloud(3, 300, seed=1).double()
+    for g, form in zip(new, quadratic_form(new, old, a)):
+        E = g[:-1].T @ g[:-1] - old.T @ old - g[-1:].T @ g[-1:]
+        assert form.item() == pytest.approx((E**2 * bend).sum().item(), rel=1e-5)
+
+
+def test_the_quadratic_price_of_many_features_is_in_float32_and_still_true():
+    x, y, index, new = cloud(900, 512), cloud(1200, 512, seed=1, shift=0.1), torch.arange(6), cloud(3, 6, 512, seed=2, scale=1.1)
+    pool = fid_pool(x, y)
+    l, B = pool._spectrum()
+    shift, sigma = pool.moments()
+    change = [SubsetReplace(torch.cat([n, x[6:]]), *real_moments(y)).moments() for n in new]         # moments after, from scratch
+    root = l.clamp(min=1e-6 * l.max().item()).sqrt()
+    for (moved, after), price in zip(change, pool.price(new, index, "quadratic")):
+        E = B.T @ (after - sigma) @ B
+        cross = (E.diagonal() / (2 * root)).sum() - (E**2 / (root[:, None] * root * (root[:, None] + root))).sum() / 4
+        expected = -(moved.square().sum() - shift.square().sum() + (after - sigma).trace() - 2 * cross)
+        assert price.item() == pytest.approx(expected.item(), rel=1e-4)
