@@ -32,7 +32,7 @@ from prompting import draw_prompts, noised_prompt
 from rewards import Reward, group_advantage
 from sampling import Policy, concentrated_subset, log_prob, rollout, seeded_noise
 from shaping import gardo, group_diversity, shaped_returns
-from weights import EMA_LENGTHS, Weights, fingerprint, power_decay, save_snapshots
+from weights import EMA_LENGTHS, power_decay, save_snapshots
 
 ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3                 # 2 is the evaluation's: no two draws share their noise
 
@@ -64,15 +64,15 @@ class Args:
     reference: int = 640                            # M, generated pictures in the reference; the oldest make way for each iteration's
     refresh: int = 0                                # iterations between wholly new references; 0: never
     # DRIFT (i): concentrated subset
-    select: Literal["window", "median", "band", "trim", "all", "spread"] = "window"  # rule by which rollouts are kept for the update
-    keep: int = 15                                  # rollouts kept of each group
+    select: Literal["window", "median", "band", "trim", "all", "spread"] = "all"  # rule by which rollouts are kept for the update; published: window
+    keep: int = 15                                  # rollouts kept of each group, unless all are
     # DRIFT (ii): prompt noise
     prompt_noise: float = 0.5                       # scale s of the noise on the prompt embedding; 0 switches it off
     tau1: float = 0.6                               # no noise when less than this fraction of the steps is still to go
     tau2: float = 1.2                               # all noise when more than this is to go; above 1: never all noise
     psi: float = 1.0                                # how far the noised embedding is rescaled to its own mean and std
     # DRIFT (iii): diversity shaping
-    diversity: float = 0.2                          # weight of the shaped diversity beside the normalised reward; 0 switches it off
+    diversity: float = 0.5                          # weight of the shaped diversity beside the normalised reward; 0 switches it off
     diversity_features: Literal["reward", "latents"] = "reward"  # where distances are measured: the reward network, or the latents
     metric: Literal["cosine", "euclidean"] = "cosine"  # distance of two rollouts
     nearest: int = 3                                # mean distance to this many nearest of the group; 0: to all
@@ -146,6 +146,15 @@ def explore(args, model, policy, table, null, who, samples, key):
     return rollout(model, policy, condition, noise[:, 0] * policy.path.sigma(policy.times[0]).item(), noise[:, 1:], null, args.batch)
 
 
+def open_distribution(args, model, kind):
+    """What the reward fid or kid needs: an empty reference of M members, the feature network, the moments of the real pictures."""
+    blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
+    try:
+        return open_pool(kind, args.features, args.target, model.folder, args.reference, blank)
+    except ValueError as error:                                          # how many features a function has is known only now
+        runtime.refuse(error)
+
+
 @torch.inference_mode()
 def fresh_reference(args, model, policy, table, null, measure, step):
     """Features [M, D] of M new rollouts, all prompts in turn: what the distribution-wise reward starts from."""
@@ -216,6 +225,18 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
     return {"loss": loss / count, "kl": kl / count, "clip_fraction": clipped / count, "grad_norm": norm, "ratio_error": ratio_error}
 
 
+def evaluate(args, model, judged, judge, measure, target, iteration):
+    """Pictures at held-out seeds, the same ones every time -> {"eval/...": number}, and grids/NNNNN.png."""
+    images = evaluation.generate(model, judged, args.eval_images // len(judged), args.eval_steps, args.guidance, args.eval_seed, args.batch)
+    if runtime.rank() == 0:
+        runtime.save_grid(Path(args.out) / "grids" / f"{iteration:05d}.png", images.reshape(len(judged), -1, *images.shape[1:])[:, :10])
+    scores = evaluation.score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
+    if measure:
+        trained = torch.cat([measure(x) for x in images.split(args.batch)])
+        scores["fid_trained"] = dist_reward.frechet_distance(*dist_reward.moments(trained), *target)
+    return {"eval/" + name: value for name, value in scores.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop.
 
@@ -228,19 +249,11 @@ def train(args, prompts, judged):
     policy = Policy(model.path, model.path.times(args.steps), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
     reference = model.frozen() if args.kl else None
     weights = {n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
-    average = {n: p.detach().clone() for n, p in weights.items()} if args.ema else {}
+    averages = {key: {n: p.detach().clone() for n, p in weights.items()}
+                for key in ("ema",) * (args.ema > 0) + EMA_LENGTHS * (args.snapshot_every > 0)}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    powers = {s: {n: p.detach().clone() for n, p in weights.items()} for s in EMA_LENGTHS} if args.snapshot_every else {}
-    snapshot_facts = {"base": args.model, "fingerprint": fingerprint(Weights(models.network_files(model.folder)))} if powers else {}
-    pool, measure, target = None, None, None
-    if reward.distribution:
-        blank = model.decode(torch.zeros(1, *model.shape, device=device))
-        try:
-            pool, measure, target = open_pool(reward.distribution, args.features, args.target, model.folder, args.reference, blank)
-        except ValueError as error:                                      # how many features a function has is known only now
-            runtime.refuse(error)
-    everything = weights | {"average." + n: v for n, v in average.items()} | (pool.state() if pool else {})
-    everything |= {f"power.{s}.{n}": v for s, tensors in powers.items() for n, v in tensors.items()}
+    pool, measure, target = open_distribution(args, model, reward.distribution) if reward.distribution else (None, None, None)
+    everything = weights | {f"average.{key}.{n}": v for key, tensors in averages.items() for n, v in tensors.items()} | (pool.state() if pool else {})
     newest, state = runtime.newest_checkpoint(out)
     if newest:
         runtime.load_checkpoint(newest, everything, optimizer)
@@ -249,19 +262,12 @@ def train(args, prompts, judged):
     log = runtime.Log(out, vars(args), state["lines"])
     judge = evaluation.Judge(model.folder, "reward" if args.features == "evaluator" and pool else "evaluator", device)
 
-    def evaluate(iteration):
-        with runtime.swapped(weights, average):
-            images = evaluation.generate(model, judged, args.eval_images // len(judged), args.eval_steps, args.guidance, args.eval_seed, args.batch)
-        if runtime.rank() == 0:
-            runtime.save_grid(out / "grids" / f"{iteration:05d}.png", images.reshape(len(judged), -1, *images.shape[1:])[:, :10])
-        scores = evaluation.score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
-        if pool:
-            trained = torch.cat([measure(x) for x in images.split(args.batch)])
-            scores["fid_trained"] = dist_reward.frechet_distance(*dist_reward.moments(trained), *target)
-        return {"eval/" + name: value for name, value in scores.items()}
+    def judged_now(iteration):
+        with runtime.swapped(weights, averages.get("ema", {})):
+            return evaluate(args, model, judged, judge, measure, target, iteration)
 
     if not newest:
-        log.write({"iteration": 0} | evaluate(0))
+        log.write({"iteration": 0} | judged_now(0))
     bar = tqdm(range(state["step"], args.iterations), initial=state["step"], total=args.iterations, disable=runtime.rank() > 0, desc=out.name[:30])
     for step in bar:
         began, oldest = time.time(), step * args.prompts_per_step * args.group_size
@@ -276,7 +282,8 @@ def train(args, prompts, judged):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         row = update(args, model, reference, policy, null, optimizer, list(weights.values()), trajectory, index, advantage, step)
-        for tensors, decay in ((average, args.ema), *((tensors, power_decay(step + 1, s)) for s, tensors in powers.items())):
+        for key, tensors in averages.items():
+            decay = args.ema if key == "ema" else power_decay(step + 1, key)
             for name, value in tensors.items():
                 value.lerp_(weights[name].detach(), 1 - decay)
         if pool:                                                         # the oldest members make way
@@ -291,13 +298,13 @@ def train(args, prompts, judged):
         row |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled, "peak_memory_gb": runtime.peak_memory(device)}
         bar.set_postfix(reward=f"{row['reward']:.3f}", diversity=f"{row['diversity']:.3f}", ratio_error=f"{row['ratio_error']:.0e}")
         last = step + 1 == args.iterations
-        row |= evaluate(step + 1) if last or (step + 1) % args.eval_every == 0 else {}
+        row |= judged_now(step + 1) if last or (step + 1) % args.eval_every == 0 else {}
         log.write({"iteration": step + 1} | row)
         if last:
-            with runtime.swapped(weights, average):
+            with runtime.swapped(weights, averages.get("ema", {})):
                 runtime.save_model(out / "model", model)
-        if powers and (last or (step + 1) % args.snapshot_every == 0) and runtime.rank() == 0:
-            save_snapshots(out, step + 1, weights, powers, snapshot_facts, args.keep_snapshots)
+        if args.snapshot_every and (last or (step + 1) % args.snapshot_every == 0):
+            save_snapshots(out, step + 1, weights, {s: averages[s] for s in EMA_LENGTHS}, args.model, args.keep_snapshots)
         if last or (step + 1) % args.save_every == 0:
             runtime.save_checkpoint(out, step + 1, everything, optimizer, log.lines, args.keep_checkpoints)
 

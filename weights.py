@@ -105,13 +105,15 @@ def fingerprint(weights):
     return digest.hexdigest()[:16]
 
 
-def save_snapshots(out, iteration, weights, averages, facts, keep):
+def save_snapshots(out, iteration, weights, averages, base, keep):
     """out/snapshots/NNNNN.safetensors, the raw trained weights, and NNNNN-0.050.safetensors for each average; only the last `keep` stay."""
-    folder = Path(out) / "snapshots"
+    if runtime.rank() > 0:
+        return
+    folder, mark = Path(out) / "snapshots", fingerprint(Weights(models.network_files(models.check(base))))
     folder.mkdir(exist_ok=True)
     for suffix, tensors, length in (("", weights, ""), *((f"-{s:.3f}", average, str(s)) for s, average in averages.items())):
         tensors = {n: p.detach().float().cpu().contiguous() for n, p in tensors.items()}
-        facts = facts | {"iteration": str(iteration), "sigma_rel": length}
+        facts = {"base": str(base), "fingerprint": mark, "iteration": str(iteration), "sigma_rel": length}
         runtime.write_atomic(folder / f"{iteration:05d}{suffix}.safetensors", lambda path: save_file(tensors, path, metadata=facts))
     for old in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.name[:5]))[:-keep * (1 + len(averages))]:
         old.unlink()

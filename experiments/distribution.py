@@ -26,7 +26,8 @@ from evidence import draw, load, run, spread  # noqa: E402
 from prompting import read_prompts  # noqa: E402
 
 TINY, FRESH_SEED = ROOT / "assets" / "tiny", 7
-COMMON = {"reward": "fid", "drift": "off", "eta": 0.5, "lr": 2e-4, "updates": 1, "iterations": 20, "eval_every": 5, "precision": "bfloat16"}
+COMMON = {"reward": "fid", "drift": "off", "eta": 0.5, "lr": 2e-4, "updates": 1, "iterations": 30, "eval_every": 5,
+          "snapshot_every": 3, "keep_snapshots": 10, "precision": "bfloat16"}
 RUNS = {
     "potential": {},
     "exact, K = 1": {"price": "exact", "replace": 1},

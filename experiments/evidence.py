@@ -20,18 +20,23 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 OFF = {"select": "all", "prompt_noise": 0, "diversity": 0}
-COMMON = {"precision": "bfloat16", "save_every": 60}                     # half the time on a CPU that has it, and the ratio stays exactly 1
+COMMON = {"precision": "bfloat16", "save_every": 60, "snapshot_every": 0}   # half the time on a CPU that has it, and the ratio stays exactly 1
 METHODS = {
     "plain GRPO": {"drift": "off"},
     "KL 0.03": {"drift": "off", "kl": 0.03},
     "KL 0.1": {"drift": "off", "kl": 0.1},
     "KL 0.3": {"drift": "off", "kl": 0.3},
+    "GARDO": {"drift": "off", "gardo": True},
+    "spread, the opposite of (i)": OFF | {"select": "spread", "keep": 12},
     "DRIFT (i) subset": OFF | {"select": "window"},
     "DRIFT (ii) prompt noise": {k: v for k, v in OFF.items() if k != "prompt_noise"},
     "DRIFT (iii) shaping": {k: v for k, v in OFF.items() if k != "diversity"},
-    "DRIFT, all": {},
+    "DRIFT (ii) and (iii), the default": {},
+    "DRIFT, all three": {"select": "window"},
+    "FID beside the reward": {"drift": "off", "reward": "class:1,fid:0.3"},
+    "DRIFT, the default, and FID": {"reward": "class:1,fid:0.3"},
 }
-SEEDS = {name: 2 if name.startswith("KL") else 3 if name.startswith("DRIFT (") else 5 for name in METHODS}       # at most
+FIRST = ("plain GRPO", "DRIFT (ii) and (iii), the default", "DRIFT, the default, and FID", "DRIFT (iii) shaping", "DRIFT, all three")
 
 
 def load(folder):
@@ -133,7 +138,7 @@ def draw_grids(out, path, seed=0):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     grids = {title: sorted((out / f"{name}-{seed}" / "grids").glob("*.png"))[which] for title, name, which in (
-        ("base model", "plain GRPO", 0), ("plain GRPO", "plain GRPO", -1), ("DRIFT", "DRIFT, all", -1))}
+        ("base model", "plain GRPO", 0), ("plain GRPO", "plain GRPO", -1), ("DRIFT", "DRIFT (ii) and (iii), the default", -1))}
     figure, axes = plt.subplots(1, 3, figsize=(15, 5.3))
     for axis, (title, file) in zip(axes, grids.items()):
         axis.imshow(plt.imread(file), interpolation="nearest")
@@ -145,14 +150,14 @@ def draw_grids(out, path, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default="runs/evidence", help="folder for the runs")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds of each method, from 0 (at most; SEEDS names the methods that have fewer)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of each method, from 0")
     parser.add_argument("--report", action="store_true", help="only print and draw what is there")
     args = parser.parse_args()
     out, seeds = ROOT / args.out, range(args.seeds)
     if not args.report:
-        jobs = [(out / f"{name}-{seed}", COMMON | flags | {"seed": seed}, 1) for name, flags in METHODS.items()
-                for seed in seeds if seed < SEEDS[name]]
-        jobs.sort(key=lambda job: (job[0].name.split("-")[0] not in ("plain GRPO", "DRIFT, all"), job[1]["seed"]))     # the main comparison first
+        jobs = [(out / f"{name}-{seed}", COMMON | flags | {"seed": seed}, 1) for name, flags in METHODS.items() for seed in seeds]
+        jobs.sort(key=lambda job: job[0].name.rpartition("-")[0] not in FIRST)            # the main comparison first
+        jobs.sort(key=lambda job: job[1]["seed"] if job[0].name.rpartition("-")[0] in FIRST else 100)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, jobs))
     runs = table(out, METHODS, seeds)
