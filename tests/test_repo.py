@@ -29,7 +29,8 @@ def imports(path):
 
 
 def test_the_modules_are_there():
-    assert {"train", "sampling", "prompting", "shaping", "dist_reward", "rewards", "models", "runtime", "eval", "features", "checks"} <= NAMES
+    assert {"train", "sampling", "prompting", "shaping", "dist_reward", "rewards", "models", "runtime", "eval", "features", "checks",
+            "merge", "weights"} <= NAMES
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
@@ -44,7 +45,10 @@ def test_the_ideas_stand_alone(name):
 
 @every_source
 def test_no_file_is_read_that_can_run_code(path):
-    assert not imports(path) & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    own_unpickler = {"pickle"} if path.name == "edm2.py" else set()       # it admits inert stand-ins alone, and is used as a base class alone
+    assert not imports(path) & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} - own_unpickler
+    used = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("pickle.")}
+    assert used <= {"pickle.Unpickler", "pickle.UnpicklingError"}
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call):
             keywords = {k.arg: k.value.value if isinstance(k.value, ast.Constant) else None for k in node.keywords}
