@@ -14,9 +14,11 @@ import torch
 import eval as evaluation
 import models
 import runtime
-from features import check_features, check_target, target_path
+from compare import grid_files, open_runs
+from features import TINY, check_features, check_target, target_path
+from picture_sets import choose, open_pictures, read_sidecar, settings, sidecar
 from prompting import read_prompts
-from rewards import DISTRIBUTION, check_classifier, check_labels, parse
+from rewards import DISTRIBUTION, check_classifier, check_labels, check_reward, needs_labels, parse
 from weights import open_checkpoints, sweep
 
 LIMITS = {                                                               # the smallest and largest value of each number
@@ -102,15 +104,18 @@ def check_merge(args, default):
         value = getattr(args, name)
         need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
     lengths = numbers("sigma_rel", args.sigma_rel)
-    need(all(0 < s < 0.288 for s in lengths), f"--sigma_rel {args.sigma_rel}: each must be between 0 and 0.288")
+    need(lengths and all(0 < s < 0.288 for s in lengths), f"--sigma_rel {args.sigma_rel}: each must be between 0 and 0.288")
     folder, views = open_checkpoints(args.checkpoints, args.model)
     args = dataclasses.replace(args, model=str(folder))
+    need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
+    averages = sweep(views, lengths)
     if args.command != "rl":
         need(not Path(args.out).exists(), f"--out {args.out}: exists; choose another")
+        runtime.open_run(args.out, {})
         c = numbers("coefficients", args.coefficients)
         need(len(c) in (0, len(views)), f"--coefficients {args.coefficients}: {len(c)} numbers for {len(views)} checkpoints")
         need(not c or abs(sum(c) - 1) < 1e-6, f"--coefficients {args.coefficients}: sum to {sum(c):.6g}; they must sum to 1")
-        need(args.command == "average" or len(sweep(views, lengths)), "ema: needs two or more averages that train.py kept (snapshots/NNNNN-0.050.safetensors)")
+        need(args.command == "average" or len(averages), "ema: needs two or more averages that train.py kept (snapshots/NNNNN-0.050.safetensors)")
         return args, folder, views, [], []
     weights, half = parse(args.reward), folder / args.features
     args = dataclasses.replace(args, target=args.target or str(half / "real-1.npz"), report_target=args.report_target or args.target or str(half / "real-2.npz"),
@@ -120,6 +125,9 @@ def check_merge(args, default):
         for path in (args.target, args.report_target):
             check_target(Path(path), D, "kid" in weights)
     check_classifier(folder / "reward")
+    judge = folder / ("reward" if args.features == "evaluator" else "evaluator")
+    if judge.is_dir():
+        check_classifier(judge), evaluation.check_real(judge / "real-2.npz")
     prompts, judged = read_prompts(args.prompts), read_prompts(folder / "eval_prompts.jsonl")
     check_labels(judged, "eval_prompts.jsonl"), check_labels(prompts if {*weights} - {*DISTRIBUTION} else [], args.prompts)
     for name, count in (("images", len(prompts)), ("reference", len(prompts)), ("report_images", len(judged))):
@@ -135,3 +143,89 @@ def numbers(flag, text):
         return [float(x) for x in text.split(",")] if text else []
     except ValueError:
         raise ValueError(f"--{flag} {text}: write numbers with commas between, as in 0.05,0.1") from None
+
+
+EVAL_LIMITS = {**dict.fromkeys(("steps", "batch"), (1, math.inf)), **dict.fromkeys(("n", "seed", "guidance"), (0, math.inf)), "resamples": (10, math.inf)}
+EVAL_USES = {
+    "images": {"out", "n", "prompts", "seed", "steps", "guidance", "precision", "batch", "device"},
+    "score": {"out", "n", "prompts", "seed", "steps", "guidance", "precision", "batch", "device", "model", "reward", "features", "target", "resamples"},
+    "compare": {"out", "labels"}, "grid": {"out", "labels"}}
+
+
+def check_eval(args, default):
+    """Resolves defaults and refuses what cannot run -> args, and what the command works on: prompts, (judging folder, picture sets), runs, or
+    the files of a grid. Raises ValueError, in one line."""
+    def need(ok, message):
+        if not ok:
+            raise ValueError(message)
+    for name, value in vars(args).items():
+        need(value == getattr(default, name) or name in EVAL_USES[args.command], f"--{name}: means nothing to eval.py {args.command}")
+    for name, (low, high) in EVAL_LIMITS.items():
+        value = getattr(args, name)
+        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
+    need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
+    most = {"images": 1, "score": 2}.get(args.command, math.inf)
+    need(len(args.inputs) <= most, f"{' '.join(args.inputs)}: eval.py {args.command} takes {most:g} at most")
+    ending = {"images": ("", ".npz"), "score": (".json",)}.get(args.command, (".png",))
+    need(args.out or args.command in ("score", "compare"), f"--out: name {'the folder or the .npz' if args.command == 'images' else 'the .png'} to write")
+    need(not args.out or Path(args.out).suffix in ending or args.command == "images" and not Path(args.out).is_file(),
+         f"--out {args.out}: must end in {' or '.join(ending)}")
+    blocked = [p for p in Path(args.out).parents if p.exists() and not p.is_dir()]
+    need(not blocked, f"--out {args.out}: its parent {[*blocked, ''][0]} is a file; choose another --out")
+    if args.command == "images":
+        return check_images(args, need)
+    need(not args.out or not os.path.lexists(args.out), f"--out {args.out}: exists; choose another")
+    if args.command == "compare":
+        return args, open_runs(args.inputs, args.labels)
+    return (args, grid_files(args.inputs, args.labels)) if args.command == "grid" else check_score(args, default, need)
+
+
+def check_images(args, need):
+    """-> args, prompts. Raises ValueError where --out cannot be begun or gone on with."""
+    folder, out = models.check(args.inputs[0]), Path(args.out)
+    args = dataclasses.replace(args, n=args.n or 1000, model=args.inputs[0], prompts=args.prompts or str(folder / "eval_prompts.jsonl"))
+    prompts, path = read_prompts(args.prompts), sidecar(out)
+    choose(args.n, args.n, len(prompts), args.prompts)
+    if path.is_file():
+        there, here = read_sidecar(out), settings(args)
+        differ = [f"--{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
+        need(not differ, f"--out {out}: was made otherwise ({'; '.join(differ)}); choose another --out or the same flags")
+    else:
+        empty = out.is_dir() and out.suffix != ".npz" and all(p.name.startswith(".tmp-") for p in out.iterdir())
+        for there in (out, Path(f"{out}.parts")):
+            need(not os.path.lexists(there) or empty, f"--out {out}: {there} exists, and no {path.name} says how it was made; choose another --out")
+    return args, prompts
+
+
+def check_score(args, default, need):
+    """-> args, (the folder whose classifiers judge, the picture sets). Raises ValueError, also for two sets that cannot be compared."""
+    sets = [open_pictures(args, name) for name in args.inputs]
+    for name in ("steps", "guidance", "precision"):
+        need(any(s.size is None for s in sets) or getattr(args, name) == getattr(default, name), f"--{name}: means nothing to pictures that are there")
+    folder, last = models.check(args.model or sets[0].model or "assets/tiny"), sets[-1]
+    totals, texts = {s.total for s in sets}, [[(p.text, p.metadata) for p in s.prompts] for s in sets if s.prompts]
+    need(len(totals) == 1, f"{sets[0].total} pictures in {sets[0].name} and {last.total} in {last.name}: the bias of FID falls with their number, "
+                           f"so compare equal ones; --n {min(totals)}")
+    need(last.total >= 10, f"{last.name}: {last.total} pictures are too few to say anything; 10 at least")
+    need(len(texts) < 2 or texts[0] == texts[1], f"{sets[0].name} and {last.name}: of different prompts, so nothing is paired; use the same --prompts")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    need(processes <= last.total, f"--nproc_per_node {processes}: there are only {last.total} pictures to share")
+    known = len(texts) == len(sets)                                      # what was asked for
+    labelled = known and any("label" in metadata for _, metadata in texts[0])
+    need(known or not args.reward, f"--reward {args.reward}: needs to know what was asked for; give --prompts")
+    args = dataclasses.replace(args, reward=args.reward or "class" * (labelled and (folder / "reward").is_dir()))
+    classified = args.features in TINY or args.reward and needs_labels(args.reward) or labelled and (folder / "evaluator").is_dir()
+    if args.reward:
+        need(not {*check_reward(args.reward, folder)} & {*DISTRIBUTION}, f"--reward {args.reward}: fid and kid come with --target; name others")
+    if labelled or args.reward and needs_labels(args.reward):
+        check_labels(sets[0].prompts, args.prompts or sets[0].name)
+    if labelled and (folder / "evaluator").is_dir():
+        check_classifier(folder / "evaluator")
+    D, target = check_features(args.features, folder), target_path(args.target, args.features, folder)
+    if args.features in TINY:
+        evaluation.check_real(folder / args.features / "real.npz")
+    check_target(target, D)
+    for s in sets:
+        need(s.size in (None, (28, 28)) or not classified, f"{s.name}: pictures of {' x '.join(map(str, s.size or ()))}, and the classifiers of {folder} "
+             "see 28 x 28; choose other --features, and --prompts without labels")
+    return args, (folder, sets)

@@ -26,7 +26,7 @@ import eval as evaluation
 import models
 import runtime
 from checks import check_merge, numbers
-from features import load_target, open_pool
+from features import check_target, load_target, open_pool
 from rewards import DISTRIBUTION, Reward, group_advantage
 from sampling import seeded_noise
 from weights import Over, Weights, block_of, open_checkpoints, put, sweep
@@ -147,6 +147,7 @@ class Search:
         if self.reward.distribution:
             blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
             self.pool, self.measure, _ = open_pool(self.reward.distribution, args.features, args.target, model.folder, args.reference, blank)
+            check_target(Path(args.report_target), self.measure(blank).shape[1])
             self.pool.refresh(self.features_of(torch.full((len(views),), 1 / len(views)), args.reference, (POOL_STREAM, args.seed)))
 
     def pictures(self, c, numbers, count, key):
@@ -184,7 +185,8 @@ class Search:
 def rivals(views, paths, lengths):
     """-> {name: coefficients [K]} that need no search: each checkpoint alone, the uniform average, post-hoc EMA of every length."""
     K = len(views)
-    found = {Path(path).stem or path: torch.eye(K, dtype=torch.float64)[k] for k, path in enumerate(paths)}
+    stems = [Path(path).stem or path for path in paths]
+    found = {path if stems.count(stem) > 1 else stem: torch.eye(K, dtype=torch.float64)[k] for k, (path, stem) in enumerate(zip(paths, stems))}
     found["uniform average"] = torch.full((K,), 1 / K, dtype=torch.float64)
     return found | {f"EMA {length:g}": c for length, c in zip(lengths, sweep(views, lengths))}
 
@@ -238,7 +240,8 @@ def report(args, task, base, judged, rows):
     lines, real, folder = [], None, task.model.folder
     if task.pool:
         *real, _ = load_target(Path(args.report_target), task.measure, task.model.decode(torch.zeros(1, *task.model.shape, device=task.model.device)))
-    judge = evaluation.Judge(folder, "evaluator", task.model.device, "real-2.npz") if (folder / "evaluator").is_dir() else None
+    other = "reward" if args.features == "evaluator" else "evaluator"    # who has not been searched by
+    judge = evaluation.Judge(folder, other, task.model.device, "real-2.npz") if (folder / other).is_dir() else None
     for name, c in rows.items():
         put(task.model.network, base if c is None else merge(task.views, c))
         images = evaluation.generate(task.model, judged, args.report_images // len(judged), args.steps, args.guidance, args.report_seed, args.batch)
@@ -268,6 +271,7 @@ def draw(out, names):
     axes[0].set(xlabel="update", ylabel="mean of the policy: coefficient"), axes[1].set(xlabel="update", ylabel="its std, one line a block")
     axes[0].legend(fontsize=6, ncol=2), figure.tight_layout()
     runtime.write_atomic(Path(out) / "coefficients.png", lambda path: figure.savefig(path, dpi=100, format="png"))
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,8 +305,11 @@ def rl(args, folder, views, prompts, judged):
     device, out = runtime.start(args.device), Path(args.out)
     model, base = models.load(str(folder), device, args.precision), Weights(models.network_files(folder))
     blocks = len({block_of(name) for name in views[0]}) if args.blocks else 1
+    try:
+        task = Search(args, model, views, prompts)
+    except ValueError as error:                                          # how many features a function has is known only now
+        runtime.refuse(error)
     log = runtime.Log(out, vars(args), runtime.newest_checkpoint(out)[1]["lines"])
-    task = Search(args, model, views, prompts)
     c, rows = search(args, task, blocks, rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel)), log)
     table = report(args, task, Over({}, base, list(views[0])), judged, {"base model": None} | rows | {"RL": c})
     put(model.network, merge(views, c))

@@ -87,7 +87,7 @@ class Lora(Mapping):
         layer = self.prefix[name.removesuffix(".weight")]
         up, down = self.file.shape(layer + ".lora_B.weight"), self.file.shape(layer + ".lora_A.weight")
         whole = self.base.shape(name) if name in self.base else ()
-        return whole if (up[0], up[1], math.prod(down[1:])) == (whole[0], down[0], math.prod(whole[1:])) else (up[0], down[1])
+        return whole if (up[0], up[1], math.prod(down[1:])) == (whole[0], down[0], math.prod(whole[1:])) else (up[0], *down, up[1])
 
     def __iter__(self):
         return iter(sorted(layer + ".weight" for layer in self.prefix))
@@ -115,7 +115,7 @@ def save_snapshots(out, iteration, weights, averages, base, keep):
         tensors = {n: p.detach().float().cpu().contiguous() for n, p in tensors.items()}
         facts = {"base": str(base), "fingerprint": mark, "iteration": str(iteration), "sigma_rel": length}
         runtime.write_atomic(folder / f"{iteration:05d}{suffix}.safetensors", lambda path: save_file(tensors, path, metadata=facts))
-    for old in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.name[:5]))[:-keep * (1 + len(averages))]:
+    for old in sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: int(re.match(r"\d+", path.name)[0]))[:-keep * (1 + len(averages))]:
         old.unlink()
 
 
@@ -143,6 +143,8 @@ def open_checkpoints(paths, model=""):
         for name in opened[k]:
             if name not in base:
                 raise ValueError(f"{path}: {name} is not in the base {folder}")
+            if isinstance(opened[k], Lora) and opened[k].prefix[name.removesuffix(".weight")] + ".lora_B.weight" not in opened[k].file:
+                raise ValueError(f"{path}: {name} has a lora_A without its lora_B")
             if opened[k].shape(name) != base.shape(name):
                 raise ValueError(f"{path}: {name} has the shape {opened[k].shape(name)}, the base {folder} {base.shape(name)}")
     names = sorted(set().union(*opened))
@@ -154,8 +156,8 @@ def open_checkpoints(paths, model=""):
 
 
 def block_of(name):
-    """The block that a parameter belongs to: its name up to the first number, or "rest"."""
-    found = re.match(r"(.*?\.\d+)\.", name)
+    """The block that a parameter belongs to: its name up to the first part that is a number, or "rest"."""
+    found = re.match(r"(.*?\.(?:\d+|\d+x\d+_\w+))\.", name)            # blocks.3, or EDM2's 64x64_block0
     return found[1] if found else "rest"
 
 
@@ -208,10 +210,10 @@ def sweep(views, lengths):
     which = [k for k, view in enumerate(views) if view.facts.get("sigma_rel")]
     if len(which) < 2:
         return torch.zeros(0, len(views))
-    marks = [(views[k].facts["iteration"], views[k].facts["sigma_rel"]) for k in which]
+    marks = [(float(views[k].facts["iteration"]), float(views[k].facts["sigma_rel"])) for k in which]
     if len(set(marks)) < len(marks):
-        raise ValueError(f"two checkpoints are the average {max(marks, key=marks.count)[1]} of iteration {max(marks, key=marks.count)[0]}; give each once")
-    times, widths = ([float(views[k].facts[name]) for k in which] for name in ("iteration", "sigma_rel"))
+        raise ValueError(f"two checkpoints are the average {max(marks, key=marks.count)[1]} of iteration {max(marks, key=marks.count)[0]:g}; give each once")
+    times, widths = zip(*marks)
     found = torch.zeros(len(lengths), len(views), dtype=torch.float64)
     found[:, which] = torch.stack([torch.as_tensor(ema_coefficients(times, widths, length)) for length in lengths])
     return found

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 SMALL = ("--device cpu --iterations 2 --prompts_per_step 2 --group_size 4 --keep 3 --steps 4 --window 0:2 --updates 2 --nearest 2 "
-         "--lr 0.001 --warmup 0 --eval_images 20 --eval_steps 2 --eval_every 1 --save_every 1").split()
+         "--lr 0.001 --warmup 0 --eval_images 20 --eval_steps 2 --eval_every 1 --save_every 1 --snapshot_every 0").split()
 
 
 def small(model, out, *more):
@@ -31,15 +31,15 @@ def launch(argv):
     return train.main(list(argv))
 
 
-def command(argv, processes=0):
-    """train.py as a command: under torchrun if `processes` is not 0."""
+def command(argv, processes=0, script="train.py"):
+    """train.py, or another script, as a command: under torchrun if `processes` is not 0."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    return [sys.executable, *torchrun, str(ROOT / "train.py"), *argv]
+    return [sys.executable, *torchrun, str(ROOT / script), *argv]
 
 
-def launch_process(argv, processes=0, cwd=None, **env):
+def launch_process(argv, processes=0, cwd=None, script="train.py", **env):
     """The same in processes of its own -> exit code, stdout, stderr."""
-    done = subprocess.run(command(argv, processes), cwd=cwd, capture_output=True, text=True, timeout=900,
+    done = subprocess.run(command(argv, processes, script), cwd=cwd, capture_output=True, text=True, timeout=900,
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
     return done.returncode, done.stdout, done.stderr
 
@@ -87,7 +87,7 @@ def build_generator(folder, seed):
 
 
 def build_classifier(folder, width, seed, images):
-    """A random classifier whose opinions differ from picture to picture, and the moments of `images` in its features."""
+    """A random classifier whose opinions differ from picture to picture, and the moments of `images`, whole and in halves, in its features."""
     from dist_reward import moments
     from eval import mean_distance
     from rewards import Classifier
@@ -101,8 +101,9 @@ def build_classifier(folder, width, seed, images):
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"width": width}))
-    mu, sigma = moments(features)
-    np.savez(folder / "real.npz", mu=mu, sigma=sigma, scale=mean_distance(features) / 2)
+    for name, part in (("real", features), ("real-1", features[::2]), ("real-2", features[1::2])):
+        mu, sigma = moments(part)
+        np.savez(folder / f"{name}.npz", mu=mu, sigma=sigma, scale=mean_distance(features) / 2)
 
 
 def build_model(folder, seed=0):

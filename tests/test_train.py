@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from scipy.optimize import brentq
 
 import eval as evaluation
 import models
@@ -22,6 +25,7 @@ import prompting
 import rewards
 import runtime
 import train
+import weights
 from conftest import ROOT, build_model, command, contents, files, launch, launch_process, read_metrics, read_weights, small
 
 METRICS = {"iteration", "loss", "kl", "clip_fraction", "grad_norm", "ratio_error", "reward", "diversity", "zero_std_fraction",
@@ -59,6 +63,15 @@ def at_call(monkeypatch, owner, name, number, action):
     monkeypatch.setattr(owner, name, wrapper)
 
 
+def snapshots(out):
+    """{file name: (tensors, facts)} of a run; the bytes of equal files may differ in the order of the facts."""
+    found = {}
+    for path in sorted((Path(out) / "snapshots").glob("*")):
+        with safe_open(path, "pt") as file:
+            found[path.name] = load_file(path), file.metadata()
+    return found
+
+
 def same(a, b):
     assert a.keys() == b.keys()
     for name in a:
@@ -78,6 +91,10 @@ def assert_equal_runs(a, b):
     same(optimizer_state(a), optimizer_state(b))
     for part in ("model", "grids"):
         assert contents(a / part) == contents(b / part)
+    mine, theirs = snapshots(a), snapshots(b)
+    assert {name: facts for name, (_, facts) in mine.items()} == {name: facts for name, (_, facts) in theirs.items()}
+    for name in mine:
+        same(mine[name][0], theirs[name][0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,13 +106,13 @@ def done(tiny, tmp_path_factory):
     out, loaded = tmp_path_factory.mktemp("done") / "run", []
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, models, "load", 1, lambda model, args: loaded.append(model) or model)
-        launch(small(tiny, out, "--iterations", 3, "--keep_checkpoints", 2, "--reward", "class:1,ink:0.5", "--kl", 0.1))
+        launch(small(tiny, out, "--iterations", 3, "--keep_checkpoints", 2, "--reward", "class:1,ink:0.5", "--kl", 0.1, "--snapshot_every", 2))
     return SimpleNamespace(out=out, model=loaded[0])
 
 
 def test_the_run_folder_holds_what_is_documented(done):
     assert {path.name for path in done.out.iterdir()} == {
-        "config.json", "metrics.jsonl", "grids", "model", "checkpoint-00002", "checkpoint-00003"}
+        "config.json", "metrics.jsonl", "grids", "model", "snapshots", "checkpoint-00002", "checkpoint-00003"}
     assert {path.name for path in (done.out / "checkpoint-00003").iterdir()} == {"weights.safetensors", "optimizer.pt", "state.json"}
     written = json.loads((done.out / "config.json").read_text())
     assert set(written) == {f.name for f in dataclasses.fields(train.Args)}
@@ -148,8 +165,9 @@ def test_the_saved_model_can_be_trained_on(done, tmp_path):
 
 def test_a_checkpoint_holds_the_trained_weights(done):
     saved, now = read_weights(done.out), done.model.network.state_dict()
-    same(saved, {name: now[name] for name in saved})
-    assert all("attn" in name for name in saved)
+    averages = {name for name in saved if name.startswith("average.")}
+    same({name: saved[name] for name in saved.keys() - averages}, {name: now[name] for name in saved.keys() - averages})
+    assert all("attn" in name for name in saved) and len(saved) == 1.5 * len(averages)
 
 
 def test_the_table_at_the_end_shows_before_and_after(tiny, tmp_path, capfd):
@@ -165,9 +183,10 @@ def test_averaged_weights_are_judged_and_saved_and_the_raw_ones_go_on(tiny, tmp_
     launch(small(tiny, tmp_path / "ema", "--ema", 0.5, "--iterations", 3))
     launch(small(tiny, tmp_path / "raw", "--ema", 0, "--iterations", 3))
     saved, raw, base = read_weights(tmp_path / "ema"), read_weights(tmp_path / "raw"), network(tiny)
+    raw = {name: value for name, value in raw.items() if not name.startswith("average.")}
     same({name: saved[name] for name in raw}, raw)
     exported = network(tmp_path / "ema" / "model")
-    same({name: saved["average." + name] for name in raw}, {name: exported[name] for name in raw})
+    same({name: saved["average.ema." + name] for name in raw}, {name: exported[name] for name in raw})
     assert 0 < sum((exported[name] - base[name]).norm() for name in raw) < sum((raw[name] - base[name]).norm() for name in raw)
 
 
@@ -250,7 +269,8 @@ FLAGS = [
     ("grad_clip", 1, 1e-6, "update", ""), ("ema", 0, 0.5, "judgement", ""),
     ("eval_prompts", "{tiny}/eval_prompts.jsonl", "{one}", "judgement", ""), ("eval_every", 1, 2, "judgement", ""),
     ("eval_images", 20, 40, "judgement", ""), ("eval_steps", 2, 3, "judgement", ""), ("eval_seed", 0, 1, "judgement", ""),
-    ("save_every", 1, 2, "output", ""), ("keep_checkpoints", 2, 1, "output", ""), ("batch", 160, 5, "rounding", ""),
+    ("save_every", 1, 2, "output", ""), ("keep_checkpoints", 2, 1, "output", ""), ("snapshot_every", 0, 1, "output", ""),
+    ("keep_snapshots", 2, 1, "output", "--snapshot_every 1"), ("batch", 160, 5, "rounding", ""),
     ("precision", "float32", "bfloat16", "rollouts", ""), ("device", "cpu", "auto", "rounding", "")]
 
 
@@ -260,7 +280,7 @@ def test_the_table_covers_every_flag():
 
 @pytest.fixture(scope="module")
 def outcome(tiny, tmp_path_factory):
-    """flags -> the metrics, checkpoint weights, checkpoints and exported weights of a run with them; each is run once."""
+    """flags -> the metrics, checkpoint weights, files and exported weights of a run with them; each is run once."""
     tmp, known = tmp_path_factory.mktemp("flags"), {}
     np.savez(tmp / "target.npz", mu=np.ones(64), sigma=np.eye(64))
     (tmp / "one.jsonl").write_text('{"prompt": "a dark coat", "label": 4}\n')
@@ -273,7 +293,7 @@ def outcome(tiny, tmp_path_factory):
             out = Path(flags[flags.index("--out") + 1]) if "--out" in flags else tmp / f"run{len(known)}"
             launch(small(tiny, out, *BASE, *flags))
             known[key] = out.is_dir() and SimpleNamespace(
-                out=out, rows=read_metrics(out), weights=read_weights(out), checkpoints=checkpoints(out), model=network(out / "model"))
+                out=out, rows=read_metrics(out), weights=read_weights(out), names=set(contents(out)), model=network(out / "model"))
         return known[key]
     return run
 
@@ -311,7 +331,7 @@ def test_every_flag_does_what_it_says(tiny, outcome, name, value, other, where, 
         both = min(len(a.rows), len(b.rows))
         assert a.rows[:both] == b.rows[:both]
         assert len(a.rows) != len(b.rows) or equal_weights(a.weights, b.weights)
-        assert (a.out, len(a.rows), a.checkpoints) != (b.out, len(b.rows), b.checkpoints)
+        assert a.out != b.out if name == "out" else a.names != b.names
     else:
         assert_close_rows(a.rows, b.rows)
         assert_close_weights(a.weights, b.weights, network(tiny))
@@ -370,9 +390,67 @@ def test_the_default_run_folder_is_named_after_the_flags(tiny, tmp_path, monkeyp
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Snapshots: the trained weights, and averages whose weights are powers of time.
+
+@pytest.fixture(scope="module")
+def snapped(tiny, tmp_path_factory):
+    """A run that kept a snapshot of each of its five iterations."""
+    out = tmp_path_factory.mktemp("snapped") / "run"
+    launch(small(tiny, out, "--iterations", 5, "--snapshot_every", 1, "--keep_snapshots", 9, "--lr", 0.01))
+    return out
+
+
+def snapshot_names(*iterations):
+    return [f"{i:05d}{length}.safetensors" for i in iterations for length in ("-0.050", "-0.100", "")]
+
+
+def test_a_snapshot_says_whose_it_is(snapped, tiny):
+    found, mark = snapshots(snapped), weights.fingerprint(weights.Weights(models.network_files(tiny)))
+    assert [*found] == snapshot_names(1, 2, 3, 4, 5)
+    for name, (tensors, facts) in found.items():
+        length = {"-0.050": "0.05", "-0.100": "0.1"}.get(name[5:11], "")
+        assert facts == {"base": str(tiny), "fingerprint": mark, "iteration": str(int(name[:5])), "sigma_rel": length}
+        assert all("attn" in name and value.dtype == torch.float32 for name, value in tensors.items())
+
+
+def test_the_last_snapshot_is_the_final_model(snapped, tiny):
+    tensors, final, base = snapshots(snapped)["00005.safetensors"][0], network(snapped / "model"), network(tiny)
+    same(tensors, {name: final[name] for name in tensors})
+    assert {name for name in base if not torch.equal(base[name], final[name])} <= tensors.keys()
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1])
+@pytest.mark.parametrize("last", [1, 3, 5])
+def test_the_averages_weigh_each_iteration_by_a_power_of_time(snapped, length, last):
+    """The profile s^gamma, integrated over iteration t: (t^(gamma + 1) - (t - 1)^(gamma + 1)) / last^(gamma + 1). Its std is `length`."""
+    found = snapshots(snapped)
+    gamma = brentq(lambda g: (g + 1) / (g + 3) - ((g + 1) / (g + 2)) ** 2 - length**2, 0, 1000, xtol=1e-12)
+    parts = {t: (t / last) ** (gamma + 1) - ((t - 1) / last) ** (gamma + 1) for t in range(1, last + 1)}
+    tensors, raw = found[f"{last:05d}-{length:.3f}.safetensors"][0], {t: found[f"{t:05d}.safetensors"][0] for t in parts}
+    for name, value in tensors.items():
+        torch.testing.assert_close(value, sum(part * raw[t][name].double() for t, part in parts.items()).float(), rtol=1e-6, atol=1e-7)
+    assert last == 1 or any(not torch.equal(tensors[name], raw[last][name]) for name in tensors)
+
+
+@pytest.mark.parametrize("flags, iterations", [("--snapshot_every 2 --keep_snapshots 9", (2, 4, 5)), ("--snapshot_every 2 --keep_snapshots 2", (4, 5)),
+                                               ("--snapshot_every 9", (5,)), ("--snapshot_every 0", ())])
+def test_snapshots_come_at_the_named_iterations_and_the_newest_stay(tiny, tmp_path, flags, iterations):
+    launch(small(tiny, tmp_path / "run", "--iterations", 5, *flags.split()))
+    assert [*snapshots(tmp_path / "run")] == snapshot_names(*iterations)
+    assert (tmp_path / "run" / "snapshots").is_dir() == bool(iterations)
+
+
+def test_snapshots_change_nothing_else(snapped, tiny, tmp_path):
+    launch(small(tiny, tmp_path / "run", "--iterations", 5, "--lr", 0.01))
+    assert read_metrics(tmp_path / "run") == read_metrics(snapped)
+    assert contents(tmp_path / "run" / "model") == contents(snapped / "model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Interruption.
 
-LONG = "--iterations 4 --save_every 2 --keep_checkpoints 9 --ema 0.5 --kl 0.1 --prompt_noise 0.25 --diversity 0.3".split()
+LONG = ("--iterations 4 --save_every 2 --keep_checkpoints 9 --ema 0.5 --kl 0.1 --prompt_noise 0.25 --diversity 0.3 --snapshot_every 1 "
+        "--keep_snapshots 3").split()
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +477,7 @@ def test_a_run_cut_off_in_an_iteration_goes_on_to_the_same_bits(tiny, tmp_path, 
 
 
 @pytest.mark.parametrize("target", ["checkpoint-00002", "checkpoint-00004", "model", "00002.png", "00004.png", "config.json",
-                                    "metrics.jsonl"])
+                                    "metrics.jsonl", "00003-0.050.safetensors", "00004.safetensors", "00004-0.100.safetensors"])
 def test_a_kill_during_a_write_leaves_the_last_checkpoint_whole(tiny, tmp_path, whole, target):
     out, replace = tmp_path / "run", os.replace
 
@@ -411,7 +489,7 @@ def test_a_kill_during_a_write_leaves_the_last_checkpoint_whole(tiny, tmp_path, 
         patch.setattr(os, "replace", torn)
         with pytest.raises(KeyboardInterrupt):
             launch(small(tiny, out, *LONG))
-    late = target in ("checkpoint-00004", "model", "00004.png")
+    late = target in ("checkpoint-00004", "model", "00004.png") or target.endswith(".safetensors")
     assert checkpoints(out) == ["checkpoint-00002"][:late] and not (out / target).exists()
     if late:
         assert contents(out / "checkpoint-00002") == contents(whole / "checkpoint-00002")
