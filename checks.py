@@ -23,7 +23,7 @@ from weights import open_checkpoints, sweep
 
 LIMITS = {                                                               # the smallest and largest value of each number
     **dict.fromkeys(("iterations", "prompts_per_step", "steps", "updates", "passes", "eval_every", "eval_images", "eval_steps",
-                     "save_every", "keep_checkpoints", "keep_snapshots", "batch"), (1, math.inf)),
+                     "save_every", "keep_checkpoints", "keep_snapshots", "batch", "timeout"), (1, math.inf)),
     **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "snapshot_every", "guidance", "tau1", "tau2", "prompt_noise",
                      "diversity", "kl"), (0, math.inf)),
     **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "ema": (0, 0.9999),
@@ -145,11 +145,9 @@ def numbers(flag, text):
         raise ValueError(f"--{flag} {text}: write numbers with commas between, as in 0.05,0.1") from None
 
 
-EVAL_LIMITS = {**dict.fromkeys(("steps", "batch"), (1, math.inf)), **dict.fromkeys(("n", "seed", "guidance"), (0, math.inf)), "resamples": (10, math.inf)}
-EVAL_USES = {
-    "images": {"out", "n", "prompts", "seed", "steps", "guidance", "precision", "batch", "device"},
-    "score": {"out", "n", "prompts", "seed", "steps", "guidance", "precision", "batch", "device", "model", "reward", "features", "target", "resamples"},
-    "compare": {"out", "labels"}, "grid": {"out", "labels"}}
+EVAL_LIMITS = {"steps": (1, math.inf), "batch": (1, math.inf), **dict.fromkeys(("n", "seed", "guidance"), (0, math.inf)), "resamples": (10, math.inf)}
+EVAL_USES = {"images": {"out", "n", "prompts", "seed", "steps", "guidance", "precision", "batch", "device"}, "compare": {"out", "labels"}}
+EVAL_USES |= {"grid": EVAL_USES["compare"], "score": EVAL_USES["images"] | {"model", "reward", "features", "target", "resamples"}}
 
 
 def check_eval(args, default):

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -70,7 +71,7 @@ def refuse(error):
 # Processes.
 
 def start(device="auto", minutes=30):
-    """Joins the process group if torchrun started us; -> the device of this process."""
+    """Joins the process group if torchrun started us; -> the device of this process. A collective waits for `minutes` at most."""
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -82,6 +83,35 @@ def start(device="auto", minutes=30):
 def finish():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Interrupt:
+    """Within the block SIGTERM and Ctrl-C are noted and not obeyed: `asked` tells every process, at a line that all of them reach."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = {s: signal.signal(s, lambda number, frame: setattr(self, "signal", number)) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def asked(self, device):
+        self.signal = int(all_max(self.signal, device))
+        return self.signal > 0
+
+
+def check_equal(weights, device):
+    """Raises RuntimeError if the processes do not hold the same weights: a sum of each tensor is compared."""
+    if dist.is_initialized():
+        mine = torch.stack([value.detach().double().sum() for value in weights.values()]).to(device)
+        for kind in (dist.ReduceOp.MIN, dist.ReduceOp.MAX):
+            seen = mine.clone()
+            dist.all_reduce(seen, kind)
+            for name, a, b in zip(weights, mine.tolist(), seen.tolist()):
+                if a != b and not (math.isnan(a) and math.isnan(b)):
+                    raise RuntimeError(f"the processes disagree about {name}: {a!r} on process {rank()}, {b!r} on another; the last checkpoint is whole")
 
 
 def rank():
@@ -167,6 +197,8 @@ def write_atomic(path, write):
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(temporary, path)
+    handle = os.open(path.parent, os.O_RDONLY)                           # the new name is on disk only when its folder is
+    os.fsync(handle), os.close(handle)
 
 
 def run_name(changed):
@@ -179,9 +211,11 @@ def run_name(changed):
 def open_run(out, config, free=()):
     """Prepares the run folder, or checks that it belongs to this configuration. Raises ValueError naming the flags that differ."""
     path = Path(out) / "config.json"
+    there = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if os.path.lexists(p))
+    closed = os.path.isdir(there) and not os.access(there, os.W_OK | os.X_OK)
     blocked = [p for p in Path(out).parents if os.path.exists(p) and not os.path.isdir(p)]
-    if blocked or max(map(len, map(os.fsencode, path.parts))) > 255:
-        reason = f"its parent {blocked[0]} is a file" if blocked else "the name is too long"
+    if blocked or closed or max(map(len, map(os.fsencode, path.parts))) > 255:
+        reason = f"its parent {blocked[0]} is a file" if blocked else f"nothing may be written to {there}" if closed else "the name is too long"
         raise ValueError(f"--out {str(out)[:500]}: {reason}; choose another --out")
     if path.is_file():
         try:

@@ -105,6 +105,7 @@ class Args:
     batch: int = 160                                # pictures, or (picture, step) pairs, in one forward of a process: memory only
     precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' forwards; step and log-probs are float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
+    timeout: int = 30                               # minutes that a process waits for the others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,9 +241,9 @@ def evaluate(args, model, judged, judge, measure, target, iteration):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop.
 
-def train(args, prompts, judged):
-    """The algorithm, and around it evaluation, log and checkpoints."""
-    device, out = runtime.start(args.device), Path(args.out)
+def train(args, prompts, judged, interrupt):
+    """The algorithm, and around it evaluation, log and checkpoints. Returns early, after a checkpoint, when it is asked to stop."""
+    device, out = runtime.start(args.device, args.timeout), Path(args.out)
     model = models.load(args.model, device, args.precision)
     reward = Reward(args.reward, model.folder, device)
     table, null = model.encode([p.text for p in prompts]), model.encode([""])
@@ -305,8 +306,12 @@ def train(args, prompts, judged):
                 runtime.save_model(out / "model", model)
         if args.snapshot_every and (last or (step + 1) % args.snapshot_every == 0):
             save_snapshots(out, step + 1, weights, {s: averages[s] for s in EMA_LENGTHS}, args.model, args.keep_snapshots)
-        if last or (step + 1) % args.save_every == 0:
+        stop = interrupt.asked(device)
+        if stop or last or (step + 1) % args.save_every == 0:
+            runtime.check_equal(weights, device)
             runtime.save_checkpoint(out, step + 1, everything, optimizer, log.lines, args.keep_checkpoints)
+        if stop:
+            return
 
 
 @record
@@ -320,12 +325,19 @@ def main(argv=None):
         print(json.dumps(vars(args)), plan(args, prompts), sep="\n", flush=True)
     if args.dry_run:
         return
-    complete = runtime.newest_checkpoint(args.out)[1]["step"] == args.iterations
-    if not complete:
-        train(args, prompts, judged)
+    done = lambda: runtime.newest_checkpoint(args.out)[1]["step"]
+    complete = done() == args.iterations
+    with runtime.Interrupt() as interrupt:
+        try:
+            complete or train(args, prompts, judged, interrupt)
+        except OSError as error:                                         # a full disk, a folder that was taken away
+            raise SystemExit(f"error: {args.out}: {error}; the last whole checkpoint is of iteration {done()}; the same command goes on from it") from None
     if runtime.rank() == 0:
-        print(f"{args.out}: already complete\n" * complete + runtime.before_and_after(args.out))
+        print(f"{args.out}: stopped after iteration {done()} by signal {interrupt.signal}; the same command goes on" if interrupt.signal else
+              f"{args.out}: already complete\n" * complete + runtime.before_and_after(args.out))
     runtime.finish()
+    if interrupt.signal:
+        raise SystemExit(128 + interrupt.signal)
 
 
 if __name__ == "__main__":

@@ -271,7 +271,8 @@ FLAGS = [
     ("eval_images", 20, 40, "judgement", ""), ("eval_steps", 2, 3, "judgement", ""), ("eval_seed", 0, 1, "judgement", ""),
     ("save_every", 1, 2, "output", ""), ("keep_checkpoints", 2, 1, "output", ""), ("snapshot_every", 0, 1, "output", ""),
     ("keep_snapshots", 2, 1, "output", "--snapshot_every 1"), ("batch", 160, 5, "rounding", ""),
-    ("precision", "float32", "bfloat16", "rollouts", ""), ("device", "cpu", "auto", "rounding", "")]
+    ("precision", "float32", "bfloat16", "rollouts", ""), ("device", "cpu", "auto", "rounding", ""),
+    ("timeout", 30, 7, "start", "")]
 
 
 def test_the_table_covers_every_flag():
@@ -314,6 +315,19 @@ def equal_weights(a, b):
 def test_every_flag_does_what_it_says(tiny, outcome, name, value, other, where, context):
     if name == "device" and torch.cuda.is_available():
         pytest.skip("auto is the GPU here")
+    if where == "start":
+        waits, folder = [], outcome().out.parent
+
+        def start(device, minutes):
+            waits.append(minutes)
+            raise StopIteration
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtime, "start", start)
+            for number in (value, other):
+                with pytest.raises(StopIteration):
+                    launch(small(tiny, folder / f"{name}{number}", *spelled(name, number)))
+        assert waits == [value, other]
+        return
     if where == "nothing":
         assert outcome(*spelled(name, value)) and not outcome(*spelled(name, other))
         return
@@ -790,3 +804,61 @@ def test_write_atomic_replaces_the_whole_or_nothing(tmp_path):
     assert path.read_text() == "old"
     runtime.write_atomic(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Being asked to stop, and disks.
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(tiny, tmp_path, monkeypatch, capsys, signal_):
+    flags = lambda name: small(tiny, tmp_path / name, "--iterations", 4, "--save_every", 100, "--snapshot_every", 0)
+    launch(flags("whole"))
+    update = train.update
+
+    def signalled(*arguments):
+        if arguments[-1] == 1:
+            os.kill(os.getpid(), signal_)
+        return update(*arguments)
+    monkeypatch.setattr(train, "update", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        launch(flags("stopped"))
+    assert stopped.value.code == 128 + signal_ and "stopped after iteration 2" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.glob("stopped/checkpoint-*")] == ["checkpoint-00002"] and not (tmp_path / "stopped" / "model").exists()
+    monkeypatch.setattr(train, "update", update)
+    launch(flags("stopped"))
+    assert read_metrics(tmp_path / "stopped") == read_metrics(tmp_path / "whole")
+    same(network(tmp_path / "stopped" / "model"), network(tmp_path / "whole" / "model"))
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tiny, tmp_path, monkeypatch):
+    flags, write = small(tiny, tmp_path / "run", "--iterations", 3, "--save_every", 1), runtime.save_file
+
+    def full(tensors, path, **rest):
+        if "checkpoint-00002" in str(path):
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        write(tensors, path, **rest)
+    monkeypatch.setattr(runtime, "save_file", full)
+    with pytest.raises(SystemExit, match=r"error: .*run: .*No space left.*checkpoint is of iteration 1") as stopped:
+        launch(flags)
+    assert "\n" not in stopped.value.code
+    monkeypatch.setattr(runtime, "save_file", write)
+    launch(flags)
+    assert len(read_metrics(tmp_path / "run")) == 4
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit) as stopped:
+        launch(small(tiny, tmp_path / "run"))
+    assert stopped.value.code == 2 and "nothing may be written to" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+def test_processes_that_disagree_about_the_weights_stop(tmp_path, apart):
+    (tmp_path / "two.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, runtime\nruntime.start('cpu')\n"
+        f"runtime.check_equal({{'layer.a': torch.ones(3), 'layer.b': torch.ones(2) + 1e-7 * runtime.rank() * {apart}}}, torch.device('cpu'))\n"
+        "runtime.finish()\nprint('equal')\n")
+    code, out, error = launch_process([], 2, script=tmp_path / "two.py")
+    assert (code == 0 and out.count("equal") == 2) if not apart else (code != 0 and "disagree about layer.b" in error and "equal" not in out)
