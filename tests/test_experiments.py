@@ -78,7 +78,8 @@ def test_the_build_command_makes_a_base_that_trains(data, tmp_path):
     command = [sys.executable, str(ROOT / "experiments" / "build_tiny.py"), "--data", str(data), "--out", str(tmp_path / "base"), "--steps", "3",
                "--classifier_epochs", "1", "--pictures", "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "built in" in done.stdout, done.stderr
+    done = subprocess.run([*command, "--report"], capture_output=True, text=True, timeout=600)
     assert len(re.findall(r"Frechet distance \d", done.stdout)) == 5     # real pictures, and four strengths of guidance
     made = {str(f.relative_to(tmp_path / "base")) for f in (tmp_path / "base").rglob("*") if f.is_file()}
     assert made == {str(f.relative_to(TINY)) for f in TINY.rglob("*") if f.is_file()}
