@@ -3,8 +3,8 @@
     python merge.py average A B C --out FOLDER                    theta = sum_k c_k theta_k with sum_k c_k = 1; negatives are allowed
     python merge.py ema runs/x/snapshots/*-0* --sigma_rel 0.15    post-hoc EMA of any length (EDM2, arXiv 2312.02696, section 3.1)
     torchrun merge.py rl runs/x/snapshots/* --out FOLDER          coefficients found by policy gradient, beside every baseline
-A merge is a point c of an affine space, c = 1/K + z Q with Q [K - 1, K] an orthonormal basis of the vectors that sum to zero. The policy is
-z ~ N(mean, std^2). Its pictures come from the deterministic sampler that inference uses: the randomness of RL is in the weights' place, not
+A merge is a point c of an affine space, c = c_0 + z Q with Q [K - 1, K] an orthonormal basis of the vectors that sum to zero and c_0 the best
+merge that needs no search. The policy is z ~ N(mean, std^2). Its pictures come from the deterministic sampler that inference uses: the randomness of RL is in the weights' place, not
 in the step's. The paper's abstract says no more than this; the policy, the blocks and the pricing against a pool are our reading.
 Left out: merging models of different architectures, and second-order policies (with fewer than 20 numbers an evolution strategy is as good).
 """
@@ -49,7 +49,7 @@ class Args:
     blocks: bool = False                            # coefficients for each block of the network, not for the whole model
     updates: int = 30                               # policy updates
     group_size: int = 8                             # coefficient vectors an update, in mirrored pairs
-    std: float = 0.3                                # the policy's std at the start, in units of a coefficient
+    std: float = 0.05                               # the policy's std at the start, in units of a coefficient
     lr: float = 1.0                                 # step of the mean, in units of its std; log std takes a tenth of it
     seed: int = 0                                   # of the policy and of the search's noise
     # rl: the reward
@@ -123,9 +123,9 @@ def zero_sum_basis(K):
     return ((j < k).double() - k * (j == k)) / (k * (k + 1)).sqrt()
 
 
-def coefficients_of(z):
-    """z [..., K - 1] -> c [..., K], affine: the sum is one."""
-    return 1 / (z.shape[-1] + 1) + z @ zero_sum_basis(z.shape[-1] + 1)
+def coefficients_of(z, start):
+    """z [..., K - 1] and the origin start [K], of sum one -> c [..., K], of sum one."""
+    return start + z @ zero_sum_basis(len(start))
 
 
 def policy_step(mean, log_std, z, advantage, lr):
@@ -148,7 +148,6 @@ class Search:
             blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
             self.pool, self.measure, _ = open_pool(self.reward.distribution, args.features, args.target, model.folder, args.reference, blank)
             check_target(Path(args.report_target), self.measure(blank).shape[1])
-            self.pool.refresh(self.features_of(torch.full((len(views),), 1 / len(views)), args.reference, (POOL_STREAM, args.seed)))
 
     def pictures(self, c, numbers, count, key):
         """Pictures `numbers` of `count`, every prompt alike often, of the merge with coefficients c [K] or [B, K]."""
@@ -192,47 +191,54 @@ def rivals(views, paths, lengths):
 
 
 def search(args, task, blocks, fixed, log):
-    """The policy's updates, and beside each as many random vectors. -> final coefficients [B, K], {name: of the best of each kind of rival}."""
+    """The policy's updates, and beside each as many random vectors. -> final coefficients [B, K], {name: those of the best of each rival}.
+
+    Both start from the best of `fixed`, {name: coefficients [K]}, by its own M pictures.
+    """
     G, n, M, shape, out = args.group_size, args.images, args.reference, (blocks, len(task.views) - 1), Path(args.out)
     zeros = lambda *size: torch.zeros(*size, dtype=torch.float64)
-    names = [*task.reward.weights]
+    names, everyone, pool_key = [*task.reward.weights], torch.arange(M), (POOL_STREAM, args.seed)
     own = {"mean": zeros(shape), "log_std": zeros(shape) + math.log(args.std), "fixed": zeros(len(names), len(fixed)), "random": zeros(len(names), args.updates * G)}
-    first, everything = copy.deepcopy(task.pool), own | (task.pool.state() if task.pool else {})
+    everything = own | (task.pool.state() if task.pool else {})
     draw = lambda stream, update, size: seeded_noise((stream, args.seed, update), range(size), shape).double()
     newest, state = runtime.newest_checkpoint(out)
     if newest:
         runtime.load_checkpoint(newest, everything)
     else:
-        vectors = torch.stack(list(fixed.values()))[:, None].expand(-1, blocks, -1)
-        terms = task.group(vectors, M, (POOL_STREAM, args.seed), first, torch.arange(M))
+        if task.pool:                                                    # every rival is priced by replacing all of one reference
+            task.pool.refresh(task.features_of(fixed["uniform average"], M, pool_key))
+        terms = task.group(torch.stack(list(fixed.values()))[:, None], M, pool_key, task.pool, everyone)
         own["fixed"].copy_(torch.stack([terms[name] for name in names]))
+    worth = dict(zip(fixed, task.advantage(dict(zip(names, own["fixed"]))).tolist()))
+    start, first = fixed[max(worth, key=worth.get)], copy.deepcopy(task.pool)
+    if task.pool:
+        first.refresh(task.features_of(start, M, pool_key))
+        newest or task.pool.refresh(first.features)
     for update in tqdm(range(state["step"], args.updates), initial=state["step"], total=args.updates, disable=runtime.rank() > 0, desc="merge rl"):
         began, members, key = time.time(), (update * n + torch.arange(n)) % M, (SEARCH_STREAM, args.seed, update)
         # ------------------------------------------------ the policy
         noise = draw(POLICY_STREAM, update, G // 2)
         z = own["mean"] + own["log_std"].exp() * torch.cat([noise, -noise])                   # mirrored pairs: [G, B, K - 1]
-        terms = task.group(coefficients_of(z), n, key, task.pool, members)
+        terms = task.group(coefficients_of(z, start), n, key, task.pool, members)
         for name, value in zip(("mean", "log_std"), policy_step(own["mean"], own["log_std"], z, task.advantage(terms), args.lr)):
             own[name].copy_(value)
-        c = coefficients_of(own["mean"])
+        c = coefficients_of(own["mean"], start)
         if task.pool:                                                    # the mean's pictures, at the noise that the group had
             task.pool.replace(members, task.features_of(c, n, key))
         # ------------------------------------------------ its rival at equal cost: random vectors, one noise and one reference for all
-        tried = task.group(coefficients_of(args.std * draw(RANDOM_STREAM, update, G)), n, (SEARCH_STREAM, args.seed, 0), first, torch.arange(n))
+        tried = task.group(coefficients_of(args.std * draw(RANDOM_STREAM, update, G), start), n, (SEARCH_STREAM, args.seed, 0), first, everyone[:n])
         own["random"][:, update * G:(update + 1) * G] = torch.stack([tried[name] for name in names])
         log.write({"update": update + 1} | {f"reward/{name}": value.mean().item() for name, value in terms.items()}
                   | ({"reference": task.pool.value()} if task.pool else {}) | {"coefficients": c.tolist(), "std": own["log_std"].exp().mean(1).tolist(),
                   "sum_error": (c.sum(1) - 1).abs().max().item(), "seconds": time.time() - began})
         runtime.save_checkpoint(out, update + 1, everything, None, log.lines, 2)
-    worth = task.advantage(dict(zip(names, own["fixed"])))
-    best = lambda among: max(among, key=lambda name: worth[[*fixed].index(name)]) if among else None
-    singles = best([*fixed][:len(task.views)])
-    chosen = {f"best single checkpoint ({singles})": fixed[singles], "uniform average": fixed["uniform average"]}
-    if length := best([name for name in fixed if name.startswith("EMA ")]):
-        chosen[f"best post-hoc {length}"] = fixed[length]
+    best = lambda among: max(among, key=worth.get)
+    single, lengths = best([*fixed][:len(task.views)]), [name for name in fixed if name.startswith("EMA ")]
+    chosen = {f"best single checkpoint ({single})": fixed[single], "uniform average": fixed["uniform average"]}
+    chosen |= {f"best post-hoc {best(lengths)}": fixed[best(lengths)]} if lengths else {}
     at = int(task.advantage(dict(zip(names, own["random"]))).argmax())
-    chosen["random search"] = coefficients_of(args.std * draw(RANDOM_STREAM, at // G, G)[at % G])
-    return coefficients_of(own["mean"]), chosen
+    chosen["random search"] = coefficients_of(args.std * draw(RANDOM_STREAM, at // G, G)[at % G], start)
+    return coefficients_of(own["mean"], start), chosen
 
 
 def report(args, task, base, judged, rows):
