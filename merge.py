@@ -190,6 +190,15 @@ def rivals(views, paths, lengths):
     return found | {f"EMA {length:g}": c for length, c in zip(lengths, sweep(views, lengths))}
 
 
+def members_of(update, n, M, P):
+    """Which n of the M members an update replaces -> [n]: the next n / P of each of the P prompts, which both lists hold one after another.
+
+    A new picture takes the place of one with its prompt, or the mixture of prompts in the reference would change, and be priced.
+    """
+    slots = (update * (n // P) + torch.arange(n // P)) % (M // P)
+    return (torch.arange(P)[:, None] * (M // P) + slots).flatten()
+
+
 def search(args, task, blocks, fixed, log):
     """The policy's updates, and beside each as many random vectors. -> final coefficients [B, K], {name: those of the best of each rival}.
 
@@ -197,7 +206,7 @@ def search(args, task, blocks, fixed, log):
     """
     G, n, M, shape, out = args.group_size, args.images, args.reference, (blocks, len(task.views) - 1), Path(args.out)
     zeros = lambda *size: torch.zeros(*size, dtype=torch.float64)
-    names, everyone, pool_key = [*task.reward.weights], torch.arange(M), (POOL_STREAM, args.seed)
+    names, pool_key = [*task.reward.weights], (POOL_STREAM, args.seed)
     own = {"mean": zeros(shape), "log_std": zeros(shape) + math.log(args.std), "fixed": zeros(len(names), len(fixed)), "random": zeros(len(names), args.updates * G)}
     everything = own | (task.pool.state() if task.pool else {})
     draw = lambda stream, update, size: seeded_noise((stream, args.seed, update), range(size), shape).double()
@@ -207,7 +216,7 @@ def search(args, task, blocks, fixed, log):
     else:
         if task.pool:                                                    # every rival is priced by replacing all of one reference
             task.pool.refresh(task.features_of(fixed["uniform average"], M, pool_key))
-        terms = task.group(torch.stack(list(fixed.values()))[:, None], M, pool_key, task.pool, everyone)
+        terms = task.group(torch.stack(list(fixed.values()))[:, None], M, pool_key, task.pool, torch.arange(M))
         own["fixed"].copy_(torch.stack([terms[name] for name in names]))
     worth = dict(zip(fixed, task.advantage(dict(zip(names, own["fixed"]))).tolist()))
     start, first = fixed[max(worth, key=worth.get)], copy.deepcopy(task.pool)
@@ -215,7 +224,7 @@ def search(args, task, blocks, fixed, log):
         first.refresh(task.features_of(start, M, pool_key))
         newest or task.pool.refresh(first.features)
     for update in tqdm(range(state["step"], args.updates), initial=state["step"], total=args.updates, disable=runtime.rank() > 0, desc="merge rl"):
-        began, members, key = time.time(), (update * n + torch.arange(n)) % M, (SEARCH_STREAM, args.seed, update)
+        began, members, key = time.time(), members_of(update, n, M, len(task.prompts)), (SEARCH_STREAM, args.seed, update)
         # ------------------------------------------------ the policy
         noise = draw(POLICY_STREAM, update, G // 2)
         z = own["mean"] + own["log_std"].exp() * torch.cat([noise, -noise])                   # mirrored pairs: [G, B, K - 1]
@@ -226,7 +235,7 @@ def search(args, task, blocks, fixed, log):
         if task.pool:                                                    # the mean's pictures, at the noise that the group had
             task.pool.replace(members, task.features_of(c, n, key))
         # ------------------------------------------------ its rival at equal cost: random vectors, one noise and one reference for all
-        tried = task.group(coefficients_of(args.std * draw(RANDOM_STREAM, update, G), start), n, (SEARCH_STREAM, args.seed, 0), first, everyone[:n])
+        tried = task.group(coefficients_of(args.std * draw(RANDOM_STREAM, update, G), start), n, (SEARCH_STREAM, args.seed, 0), first, members_of(0, n, M, len(task.prompts)))
         own["random"][:, update * G:(update + 1) * G] = torch.stack([tried[name] for name in names])
         log.write({"update": update + 1} | {f"reward/{name}": value.mean().item() for name, value in terms.items()}
                   | ({"reference": task.pool.value()} if task.pool else {}) | {"coefficients": c.tolist(), "std": own["log_std"].exp().mean(1).tolist(),

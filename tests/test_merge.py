@@ -273,6 +273,13 @@ def test_only_averages_take_part_in_an_average():
 # ---------------------------------------------------------------------------------------------------------------------
 # The policy.
 
+@pytest.mark.parametrize("n, M, P", [(30, 60, 30), (6, 12, 3), (4, 12, 2), (12, 12, 4), (9, 15, 3)])
+def test_a_new_picture_takes_the_place_of_one_with_its_prompt_and_all_have_their_turn(n, M, P):
+    seen = [merge.members_of(update, n, M, P) for update in range(M)]
+    assert all(len(set(m.tolist())) == n and torch.equal(m // (M // P), torch.arange(n) // (n // P)) for m in seen)
+    assert torch.cat(seen).bincount(minlength=M).unique().tolist() == [n]
+
+
 @pytest.mark.parametrize("K", [2, 3, 4, 7, 20])
 def test_the_basis_is_orthonormal_and_its_rows_sum_to_zero(K):
     Q = merge.zero_sum_basis(K)
