@@ -53,20 +53,24 @@ def check(args, default):
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     rollouts, processes = args.prompts_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
     need(processes <= rollouts, f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share")
-    weights, folder = parse(args.reward), models.check(args.model)
+    folder = models.check(args.model)
+    weights = check_reward(args.reward, folder)
     if {*weights} & {*DISTRIBUTION}:
         D = check_features(args.features, folder)
         check_target(target_path(args.target, args.features, folder), D, "kid" in weights)
         if args.features == "evaluator":                                 # then the reward classifier judges
+            check_classifier(folder / "reward")
             evaluation.check_real(folder / "reward" / "real.npz")
         need(rollouts <= args.reference, f"--reference {args.reference}: must hold the {rollouts} rollouts of an iteration")
         need(args.prompts_per_step % (args.replace or 1) == 0,
              f"--replace {args.replace}: does not divide --prompts_per_step {args.prompts_per_step}")
-    check_classifier(folder / "reward"), check_classifier(folder / "evaluator"), evaluation.check_real(folder / "evaluator" / "real.npz")
+    if args.diversity_features != "latents":
+        check_features(args.diversity_features, folder, "diversity_features")
+    check_classifier(folder / "evaluator"), evaluation.check_real(folder / "evaluator" / "real.npz")
     args = dataclasses.replace(args, prompts=args.prompts or str(folder / "prompts.jsonl"),
                                eval_prompts=args.eval_prompts or str(folder / "eval_prompts.jsonl"))
     prompts, judged = read_prompts(args.prompts), read_prompts(args.eval_prompts)
-    check_labels(judged, args.eval_prompts), check_labels(prompts if {*weights} - {*DISTRIBUTION} else [], args.prompts)
+    check_labels(judged, args.eval_prompts), check_labels(prompts if needs_labels(args.reward) else [], args.prompts)
     need(args.eval_images % len(judged) == 0 and args.eval_images >= 2 * len(judged),
          f"--eval_images {args.eval_images}: must be a multiple of the {len(judged)} prompts of {args.eval_prompts}, two each at least")
     runtime.open_run(args.out, vars(args), free=("out", "dry_run"))
@@ -117,19 +121,18 @@ def check_merge(args, default):
         need(not c or abs(sum(c) - 1) < 1e-6, f"--coefficients {args.coefficients}: sum to {sum(c):.6g}; they must sum to 1")
         need(args.command == "average" or len(averages), "ema: needs two or more averages that train.py kept (snapshots/NNNNN-0.050.safetensors)")
         return args, folder, views, [], []
-    weights, half = parse(args.reward), folder / args.features
+    weights, half = check_reward(args.reward, folder), folder / args.features
     args = dataclasses.replace(args, target=args.target or str(half / "real-1.npz"), report_target=args.report_target or args.target or str(half / "real-2.npz"),
                                prompts=args.prompts or str(folder / "prompts.jsonl"))
     if {*weights} & {*DISTRIBUTION}:
         D = check_features(args.features, folder)
         for path in (args.target, args.report_target):
             check_target(Path(path), D, "kid" in weights)
-    check_classifier(folder / "reward")
     judge = folder / ("reward" if args.features == "evaluator" else "evaluator")
     if judge.is_dir():
         check_classifier(judge), evaluation.check_real(judge / "real-2.npz")
     prompts, judged = read_prompts(args.prompts), read_prompts(folder / "eval_prompts.jsonl")
-    check_labels(judged, "eval_prompts.jsonl"), check_labels(prompts if {*weights} - {*DISTRIBUTION} else [], args.prompts)
+    check_labels(judged, "eval_prompts.jsonl"), check_labels(prompts if needs_labels(args.reward) else [], args.prompts)
     for name, count in (("images", len(prompts)), ("reference", len(prompts)), ("report_images", len(judged))):
         need(getattr(args, name) % count == 0, f"--{name} {getattr(args, name)}: must be a multiple of the {count} prompts")
     need(args.images <= args.reference, f"--images {args.images}: is more than --reference {args.reference}")
@@ -164,10 +167,10 @@ def check_eval(args, default):
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     most = {"images": 1, "score": 2}.get(args.command, math.inf)
     need(len(args.inputs) <= most, f"{' '.join(args.inputs)}: eval.py {args.command} takes {most:g} at most")
-    ending = {"images": ("", ".npz"), "score": (".json",)}.get(args.command, (".png",))
-    need(args.out or args.command in ("score", "compare"), f"--out: name {'the folder or the .npz' if args.command == 'images' else 'the .png'} to write")
-    need(not args.out or Path(args.out).suffix in ending or args.command == "images" and not Path(args.out).is_file(),
-         f"--out {args.out}: must end in {' or '.join(ending)}")
+    ending = ".json" if args.command == "score" else ".png"
+    wanted = "the folder or the .npz" if args.command == "images" else "the .png"
+    need(args.out or args.command in ("score", "compare"), f"--out: name {wanted} to write")
+    need(args.command == "images" or not args.out or Path(args.out).suffix == ending, f"--out {args.out}: must end in {ending}")
     blocked = [p for p in Path(args.out).parents if p.exists() and not p.is_dir()]
     need(not blocked, f"--out {args.out}: its parent {[*blocked, ''][0]} is a file; choose another --out")
     if args.command == "images":
@@ -224,6 +227,7 @@ def check_score(args, default, need):
         evaluation.check_real(folder / args.features / "real.npz")
     check_target(target, D)
     for s in sets:
-        need(s.size in (None, (28, 28)) or not classified, f"{s.name}: pictures of {' x '.join(map(str, s.size or ()))}, and the classifiers of {folder} "
-             "see 28 x 28; choose other --features, and --prompts without labels")
+        size = " x ".join(map(str, s.size or ()))
+        need(not classified or not size or s.size == (28, 28), f"{s.name}: pictures of {size}, and the classifiers of {folder} see 28 x 28; choose "
+             "other --features, and --prompts without labels")
     return args, (folder, sets)

@@ -1,44 +1,70 @@
 """Evaluation: how well a model does what was asked, and how different its pictures are. Judged by a network that training never sees.
 
-Pictures come from the deterministic sampler at clean prompts and fixed seeds, the same ones for every model, n for each of P prompts.
-    accuracy, log_prob    of the prompt's class under the evaluator (log_prob in nats, floored like the reward)         alignment
-    vendi                 exp(-sum l ln l), l the eigenvalues of K/n (arXiv 2210.02410), K_ij = exp(-|f_i - f_j|^2 / 2 h^2),
-                          h half the real pictures' mean distance within a class: 1 for n copies, n at most; mean over prompts
-    distance              mean pairwise distance within a prompt                                                       diversity
-    fid                   squared Frechet distance of all pictures to the real training set, always at the same n      both
-all in the evaluator's 64 features. Left out here: intervals, precision and recall, other people's models and folders of pictures.
+    python eval.py images MODEL --n 1000 --out DIR          pictures: a folder of PNG, or one FILE.npz as evaluation suites read it
+    python eval.py score MODEL|DIR|FILE.npz [SECOND]        alignment, diversity and distance to real pictures, with 95 % intervals
+    python eval.py compare RUN... --out compare.png         runs of train.py, compared where they are equally good
+    python eval.py grid RUN... --out grid.png               the same noise before, and after each run
+The first two also as `torchrun --nproc_per_node 8 -- eval.py ...` (without the --, torchrun takes --n for its own): any number of processes,
+and any --batch, gives the same pictures. Pictures come from the deterministic sampler at clean prompts and fixed seeds, the same ones for every
+model, n for each of P prompts.
+    accuracy, log_prob        of the prompt's class under the evaluator (log_prob in nats, floored like the reward)         alignment
+    vendi, distance           within a prompt, mean over prompts; distance_min of the two nearest; ..._set over all         diversity
+    fid, kid, precision, recall, density, coverage          against real pictures; compare them at equal n                  both
+in the evaluator's 64 features, or in those of --features; h of the Vendi score is half the real pictures' mean distance within a class.
+Left out here: metrics that need another network than the features, and file formats that can run code.
 """
+import dataclasses
+import json
+import math
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
 
+import compare
+import metrics
 import rewards
+import runtime
 from dist_reward import frechet_distance, moments
+from features import TINY, load_features, load_target, target_path
+from metrics import mean_distance, smallest_distance, vendi_score
+from picture_sets import generate, make_images, pictures  # noqa: F401: part of what this module offers
 from runtime import gather, share
-from sampling import sample, seeded_noise
 
-EVAL_STREAM = 2                                                          # keeps held-out noise apart from the training's
-
-
-def pairwise_distances(features):
-    """features [..., n, D] -> Euclidean distances [..., n, n], float64."""
-    return torch.cdist(features.double(), features.double(), compute_mode="donot_use_mm_for_euclid_dist")
+MOST, MOST_REAL = 1000, 10000                                            # pictures of which ..._set is taken; real pictures of which KID is
 
 
-def vendi_score(features, scale):
-    """features [n, D] -> the effective number of different pictures, 1 to n, with the RBF kernel of width `scale`."""
-    kernel = torch.exp(-pairwise_distances(features) ** 2 / (2 * scale**2))
-    l = torch.linalg.eigvalsh(kernel / len(features)).clamp(min=0)
-    return float(torch.exp(-torch.special.xlogy(l, l).sum()))
+@dataclass
+class Args:
+    command: Literal["images", "score", "compare", "grid"]  # what to do
+    inputs: list                                    # images: a model folder; score: one or two of model, folder of pictures, .npz; else run folders
+    out: str = ""                                   # to write: folder or .npz (images), .json (score, optional), .png (compare, optional; grid)
+    # images and score
+    n: int = 0                                      # pictures, a multiple of the prompts (default: 1000 of a model, all of a folder or .npz)
+    prompts: str = ""                               # (default: the model folder's eval_prompts.jsonl; of pictures: what their config.json says)
+    seed: int = 0                                   # of the pictures' noise, and of the resampling
+    steps: int = 10                                 # deterministic sampling steps, of a model
+    guidance: float = 1.0                           # classifier-free guidance, of a model
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the model's forwards
+    batch: int = 500                                # pictures in one forward of a process: memory only
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
+    # score
+    model: str = ""                                 # folder whose classifiers judge (default: the first input's model, else assets/tiny)
+    reward: str = ""                                # rewards to report, as train.py's (default: class, where the folder has its classifier)
+    features: str = "evaluator"                     # of diversity and distances: evaluator, reward, inception:FILE, dinov2, clip, module:function
+    target: str = ""                                # real pictures, folder or idx file; or moments, .npz, for FID alone (default: the model folder's)
+    resamples: int = 200                            # bootstrap resamples behind an interval
+    # compare and grid
+    labels: str = ""                                # one a run; equal labels are seeds of one method (default: the folder's name without -NUMBER)
 
 
-def mean_distance(features):
-    """features [n, D] -> the mean distance of two different pictures."""
-    n = len(features)
-    return float(pairwise_distances(features).sum() / (n * (n - 1)))
-
+# ---------------------------------------------------------------------------------------------------------------------
+# What training evaluates by.
 
 def check_real(path):
     """Raises ValueError, in one line, if the moments of the real pictures cannot be read."""
@@ -58,34 +84,162 @@ class Judge:
         self.network, self.real = rewards.load_classifier(Path(model_folder) / name, device), np.load(Path(model_folder) / name / real)
 
 
-@torch.inference_mode()
-def pictures(model, prompts, n, numbers, steps, guidance, key, batch):
-    """The pictures `numbers` of P prompts, n each, by the deterministic sampler -> [len(numbers), 3, H, W]. Picture i has prompt i // n, and
-    noise that is a function of (key, i) alone."""
-    times, images = model.path.times(steps), []
-    table, null = model.encode([p.text for p in prompts]), model.encode([""])
-    for i in torch.as_tensor(numbers, dtype=torch.long).split(batch):
-        x_T = seeded_noise(key, i, model.shape).to(model.device) * model.path.sigma(times[0]).item()
-        prompt = tuple(y[i.to(model.device) // n] for y in table)
-        images.append(model.decode(sample(model, model.path, times, prompt, x_T, guidance, null)).float())
-    return torch.cat(images) if images else torch.empty(0, 3, *model.shape[1:], device=model.device)
-
-
-def generate(model, prompts, n, steps, guidance, seed, batch):
-    """n pictures for each of P prompts -> [P * n, 3, H, W], prompt by prompt, on every process; each draws its share."""
-    mine = pictures(model, prompts, n, list(share(len(prompts) * n)), steps, guidance, (EVAL_STREAM, seed), batch)
-    return gather(mine, len(prompts) * n)
+def alignment(logits, labels):
+    """Logits [B, 10] of the evaluator, labels [B] -> {name: [B]}."""
+    log_p = logits.log_softmax(1)
+    return {"accuracy": (log_p.argmax(1) == labels).double(), "log_prob": log_p.gather(1, labels[:, None])[:, 0].clamp(min=rewards.FLOOR).double()}
 
 
 @torch.inference_mode()
 def score(images, labels, evaluator, real):
-    """images [P * n, 3, H, W], labels [P] -> the metrics of the header. real: an npz with mu, sigma, scale in the evaluator's features."""
+    """images [P * n, 3, H, W], labels [P] -> {metric: number}. real: an npz with mu, sigma, scale in the evaluator's features."""
     features = torch.cat([evaluator.features(x) for x in images.split(500)])
     groups = features.reshape(len(labels), -1, features.shape[1])
     target = torch.tensor(labels, device=images.device).repeat_interleave(groups.shape[1])
-    log_p = evaluator.head(features).log_softmax(1)
-    return {"accuracy": (log_p.argmax(1) == target).double().mean().item(),
-            "log_prob": log_p.gather(1, target[:, None]).clamp(min=rewards.FLOOR).double().mean().item(),
-            "vendi": sum(vendi_score(f, float(real["scale"])) for f in groups) / len(groups),
-            "distance": sum(mean_distance(f) for f in groups) / len(groups),
-            "fid": frechet_distance(*moments(features.cpu()), real["mu"], real["sigma"])}
+    return {name: value.mean().item() for name, value in alignment(evaluator.head(features), target).items()} | {
+        "vendi": sum(vendi_score(f, float(real["scale"])) for f in groups) / len(groups),
+        "distance": sum(mean_distance(f) for f in groups) / len(groups),
+        "fid": frechet_distance(*moments(features.cpu()), real["mu"], real["sigma"])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command score: pictures as bytes, so that a model, its folder of PNG and its npz give the same numbers.
+
+def open_networks(args, folder, labelled, device):
+    """-> see: pictures [B, 3, H, W] and their B prompts (or None) -> {"features": [B, D]} and, if there are prompts, the alignments [B]."""
+    network = load_features(args.features, folder, device)
+    evaluator = rewards.load_classifier(folder / "evaluator", device) if labelled and (folder / "evaluator").is_dir() else None
+    reward = rewards.Reward(args.reward, folder, device) if args.reward else None
+
+    @torch.inference_mode()
+    def see(images, prompts=None):
+        found = {"features": network(images)}
+        if evaluator and prompts:
+            found |= alignment(evaluator(images), torch.tensor([p.metadata["label"] for p in prompts], device=device))
+        if reward and prompts:
+            terms = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
+            found |= {"reward/" + name: value.double() for name, value in terms.items()}
+        return found
+    return see
+
+
+def look_at(chosen, see, device):
+    """What the networks see in a set, each process its share -> {name: [N, ...]} on every process."""
+    mine, rows, at = share(chosen.total), [], 0
+    bar = tqdm(total=len(mine), disable=runtime.rank() > 0, desc=chosen.name[-30:], unit="")
+    for images in chosen.read(mine, device):
+        numbers = mine[at:at + len(images)]
+        rows.append(see(images, [chosen.prompts[i * len(chosen.prompts) // chosen.total] for i in numbers] if chosen.prompts else None))
+        at += len(images)
+        bar.update(len(images))
+    bar.close()
+    return {name: gather(torch.cat([row[name] for row in rows]), chosen.total) for name in rows[0]}
+
+
+def estimates(args, found, P, scale, target):
+    """What was seen in a set of N pictures of P prompts (0: unknown) -> {metric: float64 [1 + resamples]}, the metric and its resamples.
+
+    A function of the seed, so that two sets of one size are resampled alike, prompt by prompt and picture by picture: their difference is
+    a paired one. scale: h of the Vendi score; target: mu, sigma and features of the real pictures, or None for the last.
+    """
+    features, (mu, sigma, real), values = found["features"], target, {}
+    N, counts = len(features), lambda n, stream: metrics.resample_counts(n, args.resamples, (args.seed, stream)).to(features.device)
+
+    def shared(function, rows, *inputs):                                 # each process takes its share of the resamples
+        mine = share(len(rows))
+        return gather(function(inputs[0], rows[mine.start:mine.stop], *inputs[1:]), len(rows))
+    if P:
+        by_prompt = {name: value.reshape(P, -1).mean(1) for name, value in found.items() if name != "features"}
+        groups = features.reshape(P, N // P, -1)
+        if N // P > 1:
+            for name, function in (("vendi", lambda f: vendi_score(f, scale)), ("distance", mean_distance), ("distance_min", smallest_distance)):
+                by_prompt[name] = torch.tensor([function(f) for f in groups], dtype=torch.float64, device=features.device)
+        rows = counts(P, 0)[:None if P > 1 else 1]                       # one prompt says nothing about others: no interval
+        values |= {name: metrics.resampled_mean(value, rows) for name, value in by_prompt.items()}
+    few = features[metrics.evenly(N, MOST)]
+    values["vendi_set"] = shared(metrics.resampled_vendi, counts(len(few), 2), few, scale)
+    values["distance_set"] = metrics.resampled_distance(few, counts(len(few), 2))
+    values["fid"] = shared(metrics.resampled_fid, counts(N, 1), features, mu, sigma)
+    if real is not None:
+        values["kid"] = shared(metrics.resampled_kid, counts(N, 1), features, real[metrics.evenly(len(real), MOST_REAL)])
+        real = real[metrics.evenly(len(real), N)]                        # as many as generated, as the papers do
+        for name, value in metrics.neighbourhoods(features, real).items():
+            values[name] = metrics.resampled_mean(value, counts(N, 1) if name in ("precision", "density") else counts(len(real), 3))
+    return {name: value.cpu() for name, value in values.items()}
+
+
+def score_sets(args, folder, sets):
+    """Prints the table of one set, or of two and their difference; --out writes the numbers."""
+    device, prompts = runtime.start(args.device), sets[0].prompts if all(s.prompts for s in sets) else None
+    sets = [dataclasses.replace(s, prompts=prompts) for s in sets]
+    see = open_networks(args, folder, bool(prompts) and "label" in prompts[0].metadata, device)
+    try:                                                                 # first, for how many features there are is known only now
+        first = next(iter(sets[0].read([0], device)))
+        target = load_target(target_path(args.target, args.features, folder), lambda images: see(images)["features"], first)
+    except ValueError as error:
+        runtime.refuse(error)
+    if args.features in TINY:
+        with np.load(folder / args.features / "real.npz") as real:
+            scale = float(real["scale"])
+    else:                                                                # half the root mean square distance of two real pictures, 2 tr C
+        scale = math.sqrt(2 * float(target[1].trace())) / 2
+    found = [estimates(args, look_at(s, see, device), len(prompts or ()), scale, target) for s in sets]
+    columns = {sets[0].name: found[0]}
+    if len(sets) == 2:
+        a, b = found
+        columns = {f"A: {sets[0].name}": a, f"B: {sets[1].name}": b, "B - A": {name: b[name] - a[name] for name in a}}
+    if runtime.rank() == 0:
+        report(args, sets, columns)
+
+
+def report(args, sets, columns):
+    """Columns {title: estimates} -> a markdown table on stdout, a line for each collapsed set, and the numbers in --out."""
+    P, N = len(sets[0].prompts or ()), sets[0].total
+    numbers = {title: {name: [float(values[0]), *metrics.interval(values)] for name, values in column.items()} for title, column in columns.items()}
+    print(f"{N} pictures" + f" of {P} prompts" * bool(P) + f", in the features {args.features}; 95 % intervals of {args.resamples} resamples")
+    print("| metric | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|", sep="\n")
+    for name in next(iter(columns.values())):
+        rows = [found[name] for found in numbers.values()]
+        cells = [f"{value:.4g}" + f" [{low:.4g}, {high:.4g}]" * (not math.isnan(low)) for value, low, high in rows]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    collapsed = []
+    for picture_set, (title, found) in zip(sets, numbers.items()):
+        number, each = found.get("vendi", found["vendi_set"])[0], N // P if "vendi" in found else N
+        if number < compare.COLLAPSED and each >= 8:
+            collapsed.append(picture_set.name)
+            print(f"COLLAPSED: {title}: {each} pictures" + " of a prompt" * ("vendi" in found) + f" count as {number:.2f} different ones (Vendi)")
+    if args.out:
+        whole = {"settings": vars(args), "pictures": N, "collapsed": collapsed, "metrics": {
+            title: {name: {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), row)} for name, row in found.items()}
+            for title, found in numbers.items()}}
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        runtime.write_atomic(args.out, lambda path: path.write_text(json.dumps(whole, indent=2) + "\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+
+@record
+def main(argv=None):
+    from checks import check_eval                                        # here, for checks imports this file
+    args = runtime.parse_args(Args, __doc__, argv)
+    try:
+        args, opened = check_eval(args, Args(args.command, args.inputs))
+    except ValueError as error:
+        runtime.refuse(error)
+    if args.command == "images":
+        make_images(args, opened)
+    elif args.command == "score":
+        score_sets(args, *opened)
+    elif runtime.rank() == 0:
+        if args.command == "compare":
+            print(compare.table(opened), flush=True)
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            (compare.draw if args.command == "compare" else compare.draw_grids)(opened, args.out)
+            print(f"{args.out}: written")
+    runtime.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # ---------------------------------------------------------------------------------------------------------------------
 # Feature networks.
 
-def check_features(spec, folder):
+def check_features(spec, folder, flag="features"):
     """-> D, or None where only a forward can tell. Raises ValueError, in one line, for what cannot be loaded; no weight is read."""
     kind, _, rest = spec.partition(":")
     if spec in TINY:
@@ -40,7 +40,7 @@ def check_features(spec, folder):
         return 64
     if kind == "inception":
         if not zipfile.is_zipfile(rest):
-            raise ValueError(f"--features {spec}: {rest or 'no file'} is not a TorchScript file; write inception:FILE")
+            raise ValueError(f"--{flag} {spec}: {rest or 'no file'} is not a TorchScript file; write inception:FILE")
         return 2048
     if kind in HUB:
         try:
@@ -50,15 +50,15 @@ def check_features(spec, folder):
                 raise ValueError(f"is a {config.model_type}, not a {kind}")
             return getattr(getattr(config, "vision_config", config), HUB[kind][1])
         except Exception as error:                                       # a library's: each kind of broken config raises another
-            raise ValueError(f"--features {spec}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+            raise ValueError(f"--{flag} {spec}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     if rest:
         try:
             if not callable(getattr(importlib.import_module(kind), rest)):
                 raise TypeError(f"{rest} is not a function")
             return None
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"--features {spec}: {' '.join(str(error).split())}") from None
-    raise ValueError(f"--features {spec}: none of reward, evaluator, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function")
+            raise ValueError(f"--{flag} {spec}: {' '.join(str(error).split())}") from None
+    raise ValueError(f"--{flag} {spec}: none of reward, evaluator, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function")
 
 
 def load_features(spec, folder, device="cpu"):

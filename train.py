@@ -27,7 +27,7 @@ import eval as evaluation
 import models
 import runtime
 from checks import check, plan
-from features import open_pool
+from features import load_features, open_pool
 from prompting import draw_prompts, noised_prompt
 from rewards import Reward, group_advantage
 from sampling import Policy, concentrated_subset, log_prob, rollout, seeded_noise
@@ -42,7 +42,7 @@ class Args:
     # the run
     model: str = "assets/tiny"                      # diffusers folder of the base model
     prompts: str = ""                               # prompts to train on, .txt or .jsonl (default: the model folder's prompts.jsonl)
-    reward: str = "class:1"                         # what to raise: class, margin, ink, fid or kid, as in fid:1,class:0.5; each in units of its std
+    reward: str = "class:1"                         # what to raise, as in class:1,fid:0.3; the names are in rewards.py; each in units of its std
     out: str = ""                                   # run folder (default: runs/ and the flags that differ from the defaults)
     iterations: int = 60                            # times to sample and train
     seed: int = 0                                   # of prompts and noise in training
@@ -73,7 +73,7 @@ class Args:
     psi: float = 1.0                                # how far the noised embedding is rescaled to its own mean and std
     # DRIFT (iii): diversity shaping
     diversity: float = 0.5                          # weight of the shaped diversity beside the normalised reward; 0 switches it off
-    diversity_features: Literal["reward", "latents"] = "reward"  # where distances are measured: the reward network, or the latents
+    diversity_features: str = "reward"              # where distances are measured: latents, or whatever --features takes
     metric: Literal["cosine", "euclidean"] = "cosine"  # distance of two rollouts
     nearest: int = 3                                # mean distance to this many nearest of the group; 0: to all
     success: bool = True                            # the potential counts only for rollouts with at least their group's mean reward
@@ -168,7 +168,7 @@ def fresh_reference(args, model, policy, table, null, measure, step):
     return runtime.gather(torch.cat(found), args.reference)
 
 
-def sample_groups(args, model, policy, table, null, reward, measure, prompts, step):
+def sample_groups(args, model, policy, table, null, reward, measure, look, prompts, step):
     """SAMPLE: rolls out this process's share -> its trajectory; and of all rollouts: reward terms, features of the pictures (or None),
     potentials, nearest distances."""
     P, N, W = args.prompts_per_step, args.group_size, len(policy.window)
@@ -184,8 +184,8 @@ def sample_groups(args, model, policy, table, null, reward, measure, prompts, st
             raise FloatingPointError(f"iteration {step + 1}: {error}; stopped before the update") from None
         terms = {name: runtime.gather(value, P * N).reshape(P, N) for name, value in terms.items()}
         states = [*trajectory.x0_hats[policy.window.start:policy.window.stop], trajectory.latents[-1]]        # W + 1 of [B, ...]
-        look = (lambda x: reward.features(model.decode(x))) if args.diversity_features == "reward" else (lambda x: x.flatten(1))
-        features = runtime.gather(torch.stack([look(x) for x in states], 1), P * N).transpose(0, 1).reshape(W + 1, P, N, -1)
+        see = (lambda x: torch.cat([look(model.decode(part)) for part in x.split(args.batch)])) if look else (lambda x: x.flatten(1))
+        features = runtime.gather(torch.stack([see(x) for x in states], 1), P * N).transpose(0, 1).reshape(W + 1, P, N, -1)
         potential = torch.stack([group_diversity(f, args.metric, args.nearest) for f in features])            # [W + 1, P, N]
         closest = group_diversity(features[-1], "cosine", nearest=1)                          # [P, N]
     return trajectory, terms, found, potential, closest
@@ -253,6 +253,7 @@ def train(args, prompts, judged, interrupt):
     averages = {key: {n: p.detach().clone() for n, p in weights.items()}
                 for key in ("ema",) * (args.ema > 0) + EMA_LENGTHS * (args.snapshot_every > 0)}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    look = None if args.diversity_features == "latents" else load_features(args.diversity_features, model.folder, device)
     pool, measure, target = open_distribution(args, model, reward.distribution) if reward.distribution else (None, None, None)
     everything = weights | {f"average.{key}.{n}": v for key, tensors in averages.items() for n, v in tensors.items()} | (pool.state() if pool else {})
     newest, state = runtime.newest_checkpoint(out)
@@ -273,7 +274,7 @@ def train(args, prompts, judged, interrupt):
     for step in bar:
         began, oldest = time.time(), step * args.prompts_per_step * args.group_size
         # ------------------------------------------------ SAMPLE
-        trajectory, terms, found, potential, closest = sample_groups(args, model, policy, table, null, reward, measure, prompts, step)
+        trajectory, terms, found, potential, closest = sample_groups(args, model, policy, table, null, reward, measure, look, prompts, step)
         sampled = time.time()
         # ------------------------------------------------ CREDIT
         if pool:

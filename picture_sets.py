@@ -1,0 +1,217 @@
+"""Picture sets: drawn by a model, written as PNG or npz, and read again, all as the same bytes.
+
+`images` writes a folder of NNNNNN.png, or an npz as ADM's evaluation suite reads it (arr_0, uint8 [N, H, W, 3]), and beside either a json that
+says what it is a function of. Picture i is a function of (seed, i) alone, so processes, batches and interruptions change no picture but for
+rounding; what is there stays, and only the rest is drawn. Left out: latents, and pictures of several sizes in one npz.
+"""
+import json
+import shutil
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import metrics
+import models
+import runtime
+from features import picture_files, read_picture
+from prompting import read_prompts
+from runtime import gather, share
+from sampling import sample, seeded_noise
+
+EVAL_STREAM = 2                                                          # keeps held-out noise apart from the training's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing.
+
+@torch.inference_mode()
+def stream(model, prompts, n, numbers, steps, guidance, key, batch):
+    """The pictures `numbers` of P prompts, n each, by the deterministic sampler: yields (numbers [B], pictures [B, 3, H, W]). Picture i has
+    prompt i // n, and noise that is a function of (key, i) alone."""
+    times, numbers = model.path.times(steps), torch.as_tensor(numbers, dtype=torch.long)
+    table, null = model.encode([p.text for p in prompts]), model.encode([""])
+    for i in numbers.split(batch) if len(numbers) else ():
+        x_T = seeded_noise(key, i, model.shape).to(model.device) * model.path.sigma(times[0]).item()
+        prompt = tuple(y[i.to(model.device) // n] for y in table)
+        yield i, model.decode(sample(model, model.path, times, prompt, x_T, guidance, null)).float()
+
+
+def pictures(model, prompts, n, numbers, steps, guidance, key, batch):
+    """All that `stream` yields -> [len(numbers), 3, H, W]."""
+    images = [x for _, x in stream(model, prompts, n, numbers, steps, guidance, key, batch)]
+    return torch.cat(images) if images else torch.empty(0, 3, *model.shape[1:], device=model.device)
+
+
+def generate(model, prompts, n, steps, guidance, seed, batch):
+    """n pictures for each of P prompts -> [P * n, 3, H, W], prompt by prompt, on every process; each draws its share."""
+    mine = pictures(model, prompts, n, list(share(len(prompts) * n)), steps, guidance, (EVAL_STREAM, seed), batch)
+    return gather(mine, len(prompts) * n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# images: a set of pictures, and beside it a json that says where it came from.
+
+def sidecar(out):
+    return Path(f"{out}.json") if Path(out).suffix == ".npz" else Path(out) / "config.json"
+
+
+def settings(args):
+    """What a set of pictures is a function of."""
+    return {name: getattr(args, name) for name in ("model", "prompts", "n", "steps", "guidance", "precision", "seed")}
+
+
+def make_images(args, prompts):
+    """Writes the pictures that are not there yet; those of an npz as parts, which are put together when all are done."""
+    device, out = runtime.start(args.device), Path(args.out)
+    packed, parts = out.suffix == ".npz", Path(f"{out}.parts")
+    folder = parts if packed else out
+    if packed:
+        done = set(range(args.n)) if out.is_file() else {i for part in parts.glob("[0-9]*.npz") for i in np.load(part)["numbers"].tolist()}
+    else:
+        done = {int(path.stem) for path in out.glob("[0-9]*.png")}
+    todo = [i for i in range(args.n) if i not in done]
+    mine = [todo[k] for k in share(len(todo))]
+    runtime.all_sum(torch.zeros(1, device=device))                       # all have looked before any writes
+    if runtime.rank() == 0 and todo:
+        folder.mkdir(parents=True, exist_ok=True)
+        runtime.write_atomic(sidecar(out), lambda path: path.write_text(json.dumps(settings(args), indent=2) + "\n"))
+    runtime.all_sum(torch.zeros(1, device=device))
+    if mine:
+        model = models.load(args.model, device, args.precision)
+        bar = tqdm(total=len(mine), disable=runtime.rank() > 0, desc="pictures", unit="")
+        for numbers, x in stream(model, prompts, args.n // len(prompts), mine, args.steps, args.guidance, (EVAL_STREAM, args.seed), args.batch):
+            save_pictures(folder, numbers.tolist(), runtime.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), packed)
+            bar.update(len(numbers))
+        bar.close()
+    runtime.all_sum(torch.zeros(1, device=device))
+    if runtime.rank() == 0:
+        if packed:
+            if todo or not out.is_file():
+                assemble(parts, out, args.n)
+            shutil.rmtree(parts, ignore_errors=True)
+        print(f"{out}: " + ("already complete" if not todo else f"{args.n} pictures of {len(prompts)} prompts") + f"; settings in {sidecar(out)}")
+
+
+def save_pictures(folder, numbers, pixels, packed):
+    """Pixels [B, H, W, 3], uint8, as NNNNNN.png each, or as one part that is named after its first picture."""
+    if packed:
+        runtime.write_atomic(folder / f"{numbers[0]:06d}.npz", lambda path: np.savez(path, numbers=numbers, pixels=pixels))
+        return
+    for i, image in zip(numbers, pixels):
+        runtime.write_atomic(folder / f"{i:06d}.png", lambda path: Image.fromarray(image).save(path, format="PNG"))
+
+
+def assemble(parts, out, n):
+    """The parts -> an npz as ADM's evaluation reads it: arr_0, uint8 [n, H, W, 3], uncompressed."""
+    pixels = None
+    for part in sorted(parts.glob("[0-9]*.npz")):
+        with np.load(part) as file:
+            numbers, x = file["numbers"], file["pixels"]
+        pixels = np.zeros((n, *x.shape[1:]), np.uint8) if pixels is None else pixels
+        pixels[numbers] = x
+    runtime.write_atomic(out, lambda path: np.savez(path, arr_0=pixels))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# score: any set of pictures, as bytes, so that a model, its folder of PNG and its npz give the same numbers.
+
+@dataclass
+class Pictures:
+    """A set to judge. read(numbers, device) yields floats [B, 3, H, W] that are bytes over 255; size None: only the model can tell."""
+    name: str
+    total: int
+    prompts: list | None                                                 # P of them; picture i has number i * P // total
+    size: tuple | None
+    read: Callable
+    model: str = ""                                                      # the folder of the model that drew them, if that is known
+
+
+def read_npz(path):
+    """-> arr_0, uint8 [N, H, W, 3]. Raises ValueError, in one line; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pixels = file["arr_0"]
+    except KeyError:
+        raise ValueError(f"{path}: holds no arr_0; an npz of pictures has arr_0, uint8, [N, H, W, 3]") from None
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not an npz file of pictures ({' '.join(str(error).split())})") from None
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
+        raise ValueError(f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}; expected uint8 [N, H, W, 3]")
+    return pixels
+
+
+def open_pictures(args, name):
+    """A model folder, a folder of pictures or an npz -> Pictures. Raises ValueError, in one line; no weight is read."""
+    path = Path(name)
+    if (path / "metrics.jsonl").is_file():
+        raise ValueError(f"{name}: is a run folder; give its model/, {path / 'model'}")
+    is_model = any((path / mark).exists() for mark in ("model_index.json", "sit.safetensors", "edm2.safetensors"))     # which may hold pictures too
+    files = [] if path.suffix == ".npz" or is_model else [p for p in picture_files(path) if not p.name.startswith(".")]
+    if path.suffix != ".npz" and not files:
+        try:
+            folder = models.check(name)
+        except ValueError as error:
+            raise ValueError(f"{name}: neither pictures (a folder, or an .npz with arr_0) nor a model ({error})") from None
+        return drawn_pictures(args, name, args.prompts or str(folder / "eval_prompts.jsonl"))
+    if files:
+        total, size, one = len(files), read_picture(files[0]).shape[1:], lambda i: read_picture(files[i])
+    else:
+        pixels = read_npz(path)
+        total, size, one = len(pixels), pixels.shape[1:3], lambda i: pixels[i].transpose(2, 0, 1)
+    said = read_sidecar(name)
+    if said and said["n"] != total:
+        raise ValueError(f"{name}: {total} pictures of {said['n']}; finish it by the same eval.py images command")
+    where = args.prompts or said.get("prompts", "")
+    prompts = read_prompts(where) if where else None
+    chosen = choose(total, args.n or total, len(prompts) if prompts else 0, name)
+
+    def read(numbers, device):
+        for at in range(0, len(numbers), args.batch):
+            try:
+                images = [torch.from_numpy(np.ascontiguousarray(one(chosen[i]))) for i in numbers[at:at + args.batch]]
+            except ValueError as error:                                  # a picture whose end is missing; on whichever process it is
+                print(f"error: {error}", file=sys.stderr)
+                raise SystemExit(2) from None
+            for stack in torch.stack(images).split(args.batch) if len({x.shape for x in images}) == 1 else [x[None] for x in images]:
+                yield stack.to(device).float() / 255
+    return Pictures(name, len(chosen), prompts, tuple(size), read, said.get("model", ""))
+
+
+def drawn_pictures(args, name, where):
+    """The Pictures of a model, drawn when they are read."""
+    prompts, total = read_prompts(where), args.n or 1000
+    choose(total, total, len(prompts), where)
+
+    def read(numbers, device):
+        model = models.load(name, device, args.precision)
+        for _, x in stream(model, prompts, total // len(prompts), list(numbers), args.steps, args.guidance, (EVAL_STREAM, args.seed), args.batch):
+            yield runtime.to_uint8(x).float() / 255
+    return Pictures(name, total, prompts, None, read, name)
+
+
+def choose(total, n, P, where):
+    """The numbers of n of `total` pictures, the first ones of each of P prompts, or at even steps if there are no prompts (P = 0)."""
+    for count in (total, n):
+        if count % (P or 1):
+            raise ValueError(f"--n {count}: must be a multiple of the {P} prompts of {where}; {count - count % P + P} is the next")
+    if n > total:
+        raise ValueError(f"--n {n}: {where} holds only {total} pictures")
+    return [p * (total // P) + k for p in range(P) for k in range(n // P)] if P else metrics.evenly(total, n)
+
+
+def read_sidecar(name):
+    """What `images` wrote beside a set -> its settings, {} if there are none. Raises ValueError if they are damaged."""
+    path = sidecar(name)
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable ({error}); remove it or make the pictures again") from None
+    return said if isinstance(said, dict) and {"model", "prompts", "n"} <= {*said} else {}           # else: somebody else's
