@@ -37,6 +37,8 @@ def check(args, default):
             raise ValueError(message)
     off = {"select": "all", "prompt_noise": 0.0, "diversity": 0.0}
     changed = {k: v for k, v in vars(args).items() if k not in ("out", "dry_run") and v != getattr(default, k)}
+    need(args.select != "all" or args.drift == "off" or "keep" not in changed or args.keep == args.group_size,
+         f"--keep {args.keep}: means nothing with --select all; add --select window, or another rule")
     args = dataclasses.replace(args, out=args.out or runtime.run_name(changed), **(off if args.drift == "off" else {}))
     args = dataclasses.replace(args, keep=args.group_size if args.select == "all" else args.keep)
     for name, (low, high) in LIMITS.items():

@@ -50,7 +50,7 @@ class Args:
     updates: int = 30                               # policy updates
     group_size: int = 8                             # coefficient vectors an update, in mirrored pairs
     std: float = 0.05                               # the policy's std at the start, in units of a coefficient
-    lr: float = 1.0                                 # step of the mean, in units of its std; log std takes a tenth of it
+    lr: float = 0.5                                 # step of the mean, in units of its std; log std takes a tenth of it
     seed: int = 0                                   # of the policy and of the search's noise
     # rl: the reward
     reward: str = "fid:1"                           # as train.py's

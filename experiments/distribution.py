@@ -30,13 +30,14 @@ COMMON = {"reward": "fid", "drift": "off", "eta": 0.5, "lr": 2e-4, "updates": 1,
           "snapshot_every": 3, "keep_snapshots": 10, "precision": "bfloat16"}
 RUNS = {
     "potential": {},
+    "potential, longer": {"eta": 0.3, "lr": 1e-4, "prompts_per_step": 20, "reference": 1280, "iterations": 40},
     "exact, K = 1": {"price": "exact", "replace": 1},
     "exact, K = 2": {"price": "exact", "replace": 2},
     "exact, K = 5": {"price": "exact", "replace": 5},
     "exact, K = 10": {"price": "exact", "replace": 10},
     "quadratic, K = 10": {"price": "quadratic", "replace": 10},
 }
-SEEDS = {name: 3 if name in ("potential", "exact, K = 10") else 1 for name in RUNS}
+SEEDS = {name: 3 if name in ("potential", "potential, longer", "exact, K = 10") else 1 for name in RUNS}
 
 
 @torch.inference_mode()

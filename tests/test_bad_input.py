@@ -21,7 +21,7 @@ NAMED = [" ".join(flags.split()) for flags in NAMED.split(";")]          # the l
 FLAGS = [*zip(NAMED, NAMED)] + [  # flags, what the line must name
     ("--iteration_s 3", "--iteration_s"), ("--learning_rate 1", "--learning_rate"), ("--group 8", "--group"), ("--it 8", "--it"),
     ("--kernel euler", "euler"), ("--select best", "best"), ("--drift maybe", "maybe"), ("--std batches", "batches"),
-    ("--lr fast", "fast"), ("--iterations 2.5", "2.5"), ("--seed x", "'x'"), ("--group_size 1 --select all", "--group_size 1"),
+    ("--select all", "--keep 3: means nothing with --select all"), ("--lr fast", "fast"), ("--iterations 2.5", "2.5"), ("--seed x", "'x'"), ("--group_size 1 --keep 1 --select all", "--group_size 1"),
     ("--window=-1:2", "--window -1:2"), ("--tau1 0.8 --tau2 0.8", "--tau1 0.8"), ("--tau1 0.9 --tau2 0.5", "--tau1 0.9"),
     ("--reward beauty", "beauty"), ("--reward class:much", "much"), ("--reward class:1,class:2", "class"), ("--reward=", "--reward"),
     ("--reward fid --features nothing", "nothing"), ("--reward fid --features inception:{tmp}/none.pt", "{tmp}/none.pt"),

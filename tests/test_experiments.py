@@ -84,7 +84,7 @@ def test_the_build_command_makes_a_base_that_trains(data, tmp_path):
     made = {str(f.relative_to(tmp_path / "base")) for f in (tmp_path / "base").rglob("*") if f.is_file()}
     assert made == {str(f.relative_to(TINY)) for f in TINY.rglob("*") if f.is_file()}
     launch(["--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), "--iterations", "1", "--eval_images", "20", "--eval_steps", "2",
-            "--prompts_per_step", "2", "--group_size", "4", "--keep", "3", "--device", "cpu"])
+            "--prompts_per_step", "2", "--group_size", "4", "--device", "cpu"])
     assert read_metrics(tmp_path / "run")[-1]["iteration"] == 1
 
 

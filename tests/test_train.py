@@ -190,7 +190,7 @@ def test_averaged_weights_are_judged_and_saved_and_the_raw_ones_go_on(tiny, tmp_
     assert 0 < sum((exported[name] - base[name]).norm() for name in raw) < sum((raw[name] - base[name]).norm() for name in raw)
 
 
-@pytest.mark.parametrize("flags", ["--select all --updates 1", "--select all --updates 1 --guidance 2", "--updates 2",
+@pytest.mark.parametrize("flags", ["--select all --keep 4 --updates 1", "--select all --keep 4 --updates 1 --guidance 2", "--updates 2",
                                    "--kernel ancestral", "--kernel flow-grpo", "--train all --ema 0.5"])
 def test_the_ratio_is_one_before_the_first_update(tiny, tmp_path, monkeypatch, flags):
     returned = spy(monkeypatch, "update")
@@ -232,7 +232,7 @@ def test_text_encoder_and_tokenizer_are_copied_as_they_were(done, tiny):
 
 def test_drift_off_is_plain_grpo(tiny, tmp_path):
     launch(small(tiny, tmp_path / "off", "--drift", "off"))
-    launch(small(tiny, tmp_path / "by_hand", "--drift", "on", "--select", "all", "--prompt_noise", 0, "--diversity", 0))
+    launch(small(tiny, tmp_path / "by_hand", "--drift", "on", "--select", "all", "--keep", 4, "--prompt_noise", 0, "--diversity", 0))
     assert read_metrics(tmp_path / "off") == read_metrics(tmp_path / "by_hand")
     same(read_weights(tmp_path / "off"), read_weights(tmp_path / "by_hand"))
 
