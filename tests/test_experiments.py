@@ -14,6 +14,7 @@ from safetensors import safe_open
 import build_tiny
 import distribution
 import evidence
+import merging
 import models
 import train
 from conftest import ROOT, launch, read_metrics
@@ -135,7 +136,7 @@ def test_gains_of_a_curve_against_itself_are_zero_and_of_a_shifted_one_the_shift
 
 
 def test_the_report_reads_runs_and_draws(tmp_path, capsys):
-    for name, end in (("plain GRPO", 5.0), ("DRIFT, all", 9.0)):
+    for name, end in (("plain GRPO", 5.0), ("DRIFT, all three", 9.0)):
         for seed in range(2):
             (tmp_path / f"{name}-{seed}" / "model").mkdir(parents=True)
             height = 10 * (1 + seed)                                     # each seed is compared with its own plain run
@@ -144,7 +145,7 @@ def test_the_report_reads_runs_and_draws(tmp_path, capsys):
             (tmp_path / f"{name}-{seed}" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     runs = evidence.table(tmp_path, evidence.METHODS, range(2))
     lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert "+0.0 +- 0.0" in lines["plain GRPO"] and "+80.0 +- 0.0" in lines["DRIFT, all"]
+    assert "+0.0 +- 0.0" in lines["plain GRPO"] and "+80.0 +- 0.0" in lines["DRIFT, all three"]
     evidence.draw(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10000
 
@@ -188,3 +189,31 @@ def test_the_methods_of_the_evidence_are_command_lines():
         argv = evidence.command_line(evidence.COMMON | flags)
         args, _, _ = train.check(train.runtime.parse_args(train.Args, "", [*argv, "--model", str(TINY)]), train.Args())
         assert all(str(getattr(args, k)) == str(v) or float(getattr(args, k)) == float(v) for k, v in flags.items())
+
+
+def test_the_merging_script_reports_its_merges(tmp_path, capsys, monkeypatch):
+    """Two written-down tables: means over the merges, and each row against the best single checkpoint of the same merge."""
+    for seed, scale in ((0, 1.0), (1, 2.0)):
+        folder = tmp_path / "runs" / f"one vector-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "table.md").write_text(
+            "| merge | FD, searched features | FD, held-out features | Vendi | accuracy |\n|---|---|---|---|---|\n"
+            f"| base model | {10 * scale} | {20 * scale} | 5.0 | 0.9 |\n| best single checkpoint (0003-0.05) | {8 * scale} | {16 * scale} | 5.0 | 0.9 |\n"
+            f"| best post-hoc EMA 0.1 | {7.6 * scale} | {16 * scale} | 5.0 | 0.9 |\n| RL | {(7.2 if seed else 6.4) * scale} | {12 * scale} | 6.0 | 0.9 |\n")
+    monkeypatch.setattr(merging, "ROOT", tmp_path)
+    monkeypatch.setattr(merging.sys, "argv", ["merging.py", "--report", "--out", "runs"])
+    merging.main()
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line}
+    assert rows["base model"][:2] == ["15.000", "30.000"] and rows["base model"][4:] == ["+25.0 +- 0.0", "+25.0 +- 0.0"]
+    assert rows["best post-hoc EMA"][4:] == ["-5.0 +- 0.0", "+0.0 +- 0.0"] and rows["RL"][4:] == ["-15.0 +- 5.0", "-25.0 +- 0.0"]
+
+
+def test_the_merging_script_says_what_it_needs(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "experiments" / "merging.py"), "--runs", str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and "potential-0 has not been run" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "run" / "snapshots").mkdir(parents=True)
+    for name in ("00003", "00006", "00009", "00012"):
+        for suffix in ("", "-0.050", "-0.100"):
+            (tmp_path / "run" / "snapshots" / f"{name}{suffix}.safetensors").touch()
+    assert [name.split("/")[-1].removesuffix(".safetensors") for name in merging.checkpoints(tmp_path / "run")] == [
+        "tiny", "00003", "00006", "00009", "00012", "00006-0.050", "00006-0.100", "00012-0.050", "00012-0.100"]
