@@ -23,8 +23,8 @@ from weights import open_checkpoints, sweep
 
 LIMITS = {                                                               # the smallest and largest value of each number
     **dict.fromkeys(("iterations", "prompts_per_step", "steps", "updates", "passes", "eval_every", "eval_images", "eval_steps",
-                     "save_every", "keep_checkpoints", "keep_snapshots", "batch", "timeout"), (1, math.inf)),
-    **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "snapshot_every", "guidance", "tau1", "tau2", "prompt_noise",
+                     "save_every", "keep_checkpoints", "keep_snapshots", "batch", "timeout", "decode_batch"), (1, math.inf)),
+    **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "snapshot_every", "lora", "guidance", "tau1", "tau2", "prompt_noise",
                      "diversity", "kl"), (0, math.inf)),
     **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "ema": (0, 0.9999),
     **dict.fromkeys(("group_size", "keep", "reference"), (2, math.inf))}
@@ -56,6 +56,8 @@ def check(args, default):
     rollouts, processes = args.prompts_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
     need(processes <= rollouts, f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share")
     folder = models.check(args.model)
+    if args.snapshot_every:
+        models.network_files(args.model)                                 # a snapshot names its base by the numbers in them
     weights = check_reward(args.reward, folder)
     if {*weights} & {*DISTRIBUTION}:
         D = check_features(args.features, folder)
@@ -68,11 +70,15 @@ def check(args, default):
              f"--replace {args.replace}: does not divide --prompts_per_step {args.prompts_per_step}")
     if args.diversity_features != "latents":
         check_features(args.diversity_features, folder, "diversity_features")
-    check_classifier(folder / "evaluator"), evaluation.check_real(folder / "evaluator" / "real.npz")
-    args = dataclasses.replace(args, prompts=args.prompts or str(folder / "prompts.jsonl"),
-                               eval_prompts=args.eval_prompts or str(folder / "eval_prompts.jsonl"))
-    prompts, judged = read_prompts(args.prompts), read_prompts(args.eval_prompts)
-    check_labels(judged, args.eval_prompts), check_labels(prompts if needs_labels(args.reward) else [], args.prompts)
+    judge = (folder / "evaluator").is_dir()                              # without one, the rewards and --diversity_features judge
+    if judge:
+        check_classifier(folder / "evaluator"), evaluation.check_real(folder / "evaluator" / "real.npz")
+    own = [folder / "eval_prompts.jsonl", folder / "prompts.jsonl"]
+    need(args.prompts or own[1].is_file(), f"--prompts: {folder} has no prompts.jsonl; give a file of prompts")
+    args = dataclasses.replace(args, prompts=args.prompts or str(own[1]))
+    args = dataclasses.replace(args, eval_prompts=args.eval_prompts or (str(own[0]) if own[0].is_file() or judge else args.prompts))
+    prompts, judged, labels = read_prompts(args.prompts), read_prompts(args.eval_prompts), needs_labels(args.reward)
+    check_labels(judged if judge or labels else [], args.eval_prompts), check_labels(prompts if labels else [], args.prompts)
     need(args.eval_images % len(judged) == 0 and args.eval_images >= 2 * len(judged),
          f"--eval_images {args.eval_images}: must be a multiple of the {len(judged)} prompts of {args.eval_prompts}, two each at least")
     runtime.open_run(args.out, vars(args), free=("out", "dry_run"))

@@ -35,6 +35,7 @@ from features import TINY, load_features, load_target, target_path
 from metrics import mean_distance, smallest_distance, vendi_score
 from picture_sets import generate, make_images, pictures  # noqa: F401: part of what this module offers
 from runtime import gather, share
+from shaping import group_diversity
 
 MOST, MOST_REAL = 1000, 10000                                            # pictures of which ..._set is taken; real pictures of which KID is
 
@@ -100,6 +101,35 @@ def score(images, labels, evaluator, real):
         "vendi": sum(vendi_score(f, float(real["scale"])) for f in groups) / len(groups),
         "distance": sum(mean_distance(f) for f in groups) / len(groups),
         "fid": frechet_distance(*moments(features.cpu()), real["mu"], real["sigma"])}
+
+
+@torch.inference_mode()
+def score_without_judge(images, prompts, reward, look, batch):
+    """For a base that nobody was trained to judge: the rewards themselves, and the diversity of P prompts' pictures [P * n, 3, H, W] in the space
+    of --diversity_features (None: pixels), with the cosine as kernel. -> {metric: number}; the rewards are what training raises, so beware."""
+    who = [prompt for prompt in prompts for _ in range(len(images) // len(prompts))]
+    terms = reward(images, [p.text for p in who], [p.metadata for p in who])
+    features = torch.cat([look(x) if look else x.flatten(1) for x in images.split(batch)]).double()
+    groups = torch.nn.functional.normalize(features, dim=1).reshape(len(prompts), -1, features.shape[1])
+    l = torch.linalg.eigvalsh(groups @ groups.transpose(1, 2) / groups.shape[1]).clamp(min=0)         # [P, n]
+    return {f"reward_{name}": value.double().mean().item() for name, value in terms.items()} | {
+        "vendi": torch.exp(-torch.special.xlogy(l, l).sum(1)).mean().item(),
+        "distance": group_diversity(groups, "cosine").double().mean().item()}
+
+
+def evaluate(args, model, judged, judge, reward, look, measure, target, iteration):
+    """What train.py logs: pictures at held-out seeds, the same ones every time -> {"eval/...": number}, and grids/NNNNN.png."""
+    images = generate(model, judged, args.eval_images // len(judged), args.eval_steps, args.guidance, args.eval_seed, args.batch)
+    if runtime.rank() == 0:
+        runtime.save_grid(Path(args.out) / "grids" / f"{iteration:05d}.png", images.reshape(len(judged), -1, *images.shape[1:])[:, :10])
+    if judge:
+        scores = score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
+    else:
+        scores = score_without_judge(images, judged, reward, look, args.batch)
+    if measure:
+        trained = torch.cat([measure(x) for x in images.split(args.batch)])
+        scores["fid_trained"] = frechet_distance(*moments(trained), *target)
+    return {"eval/" + name: value for name, value in scores.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,106 +5,122 @@
     model.decode(latents) -> [B, 3, H, W]          pictures in [0, 1]               model.shape     of one latent
     model.network                                  the module that is trained       model.save(folder)   writes a folder that `load` reads
     model.folder                                   the files it came from           model.frozen()  the same model with its weights of now
-Here: Stable Diffusion 3 in pixel space, the embedded default. `check` looks at the files without loading a weight.
+    model.initial_std                              of x_T, what the stock sampler starts from: x_T = initial_std * noise
+Here: Stable Diffusion 1, 2, 3 and 3.5 (diffusers folders or hub ids; the embedded default is a 3 in pixel space), and SiT and EDM2
+(`sit:FILE`, `edm2:FILE`, with an AutoencoderKL in vae/ beside FILE). `check` looks at the files without building a network.
+Deterministic samples equal the stock pipeline's. Weights are float32; precision bfloat16 means autocast, and text encoders in bfloat16.
 """
 import copy
+import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch.nn.functional import one_hot, pad
+from torch.utils.checkpoint import checkpoint
 
-from sampling import Flow
+import edm2
+import sit
+from lora import merged
+from model_files import BESIDE, OWN, check, class_names, locate, named_parts, network_files, read_json, stated_heads
+from sampling import EDM, VP, Flow
 
-PARTS = {"transformer": ("config.json", "diffusion_pytorch_model.safetensors"), "text_encoder": ("config.json", "model.safetensors"),
-         "tokenizer": ("tokenizer.json",), "scheduler": ("scheduler_config.json",)}
+__all__ = ["check", "network_files", "load"]                             # what callers use; the first two live in model_files.py
+T5_TOKENS = 256                                                          # of a prompt, as in the stock pipeline
 
 
-def check(name):
-    """Raises ValueError, in one line, if `name` is not a model that `load` can read. Returns its folder."""
-    folder = Path(name)
-    if not folder.is_dir():
-        raise ValueError(f"--model {name}: no such folder; build the default with experiments/build_tiny.py or give a diffusers folder")
+def load(name, device="cpu", precision="float32", checkpointing=False, decode_batch=8):
+    """Loads a model for training: weights in float32, forwards under bfloat16 autocast if precision says so.
+
+    checkpointing: recompute in the backward instead of keeping activations; decode_batch: pictures that the VAE decodes at once. Both
+    are for memory only. Raises ValueError, in one line, as `check` does, or if the weights turn out not to be those of their config.
+    """
+    check(name)
+    kind, folder, file = locate(name)
+    adapter = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3, "sit": SiT, "edm2": EDM2}[kind]
+    model = adapter(file or folder, torch.device(device), precision, decode_batch)
+    if checkpointing and kind in OWN:
+        for block in [m for m in model.network.modules() if isinstance(m, (sit.Block, edm2.Block))]:
+            block.forward = functools.partial(_recomputed, block.forward)    # a bound method in a partial: deepcopy binds it to the copy
+    elif checkpointing:
+        model.network.enable_gradient_checkpointing()
+    return model
+
+
+def _recomputed(forward, *inputs):
+    return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the adapters share.
+
+def _libraries():
+    import diffusers                                                     # here, so that a bad flag is answered in a second
+    import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    return diffusers, transformers
+
+
+def _part(cls, folder, device, dtype=torch.float32):
+    """A network of diffusers or transformers, in eval() and without gradients. Raises ValueError if not every weight comes from its files."""
+    keyword = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
     try:
-        index = json.loads((folder / "model_index.json").read_text())
-        kind = index["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--model {name}: no readable model_index.json with a _class_name, so this is not a diffusers folder") from None
-    if kind != "StableDiffusion3Pipeline" or index.get("vae", [None])[0] is not None:
-        raise ValueError(f"--model {name}: holds a {kind}; known here: StableDiffusion3Pipeline in pixel space (no vae), as in assets/tiny")
-    for part, files in PARTS.items():
-        for file in files:
-            path = folder / part / file
-            if not path.is_file():
-                raise ValueError(f"--model {name}: {part}/{file} is missing; the folder is incomplete")
-            if file.endswith(".json"):
-                _check_json(name, path)
-            else:
-                _check_safetensors(name, path)
-    if "shift" not in json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")):
-        raise ValueError(f"--model {name}: scheduler/scheduler_config.json has no shift, so this is not the scheduler of a flow")
-    return folder
+        network, found = cls.from_pretrained(folder, **{keyword: dtype}, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        if found["missing_keys"] or found["mismatched_keys"]:
+            raise ValueError(f"no weights of its shape for {sorted(map(str, [*found['missing_keys'], *found['mismatched_keys']]))[0]}")
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--model {folder.parent}: {folder.name} is not the {cls.__name__} of its config ({reason})") from None
+    return network.to(device).eval().requires_grad_(False)
 
 
-def _check_json(name, path):
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--model {name}: {path.name} in {path.parent.name} is not JSON ({error})") from None
+def _tokens(tokenizer, texts, length, device):
+    return tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
 
 
-def _check_safetensors(name, path):
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt"):                                      # reads the header and compares it with the file's size
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"--model {name}: {path.name} in {path.parent.name} is damaged ({error})") from None
+def _from_velocity(x_t, t, v):
+    """v = eps - x_0 on the path x_t = (1 - t) x_0 + t eps -> x0_hat, eps_hat."""
+    t = t.reshape(-1, *[1] * (x_t.dim() - 1))
+    return x_t - t * v, x_t + (1 - t) * v
 
 
-def network_files(folder):
-    """The safetensors files of the network that is trained: what a merge reads."""
-    return [Path(folder) / "transformer" / "diffusion_pytorch_model.safetensors"]
+class Generator:
+    """What the bases share. Each adds network, path, shape, __call__, embed (a few texts at a time), picture (of latents) and save."""
+    initial_std, encoders, vae = 1.0, None, None
 
+    def __init__(self, folder, device, precision, decode_batch):
+        self.folder, self.device, self.precision, self.decode_batch, self.known = folder, device, precision, decode_batch, {}
 
-def load(name, device="cpu", precision="float32"):
-    """Loads a model for training: weights in float32, forwards under bfloat16 autocast if precision says so."""
-    return StableDiffusion3(check(name), torch.device(device), precision)
-
-
-class StableDiffusion3:
-    """Stable Diffusion 3 (arXiv 2403.03206) with one CLIP text encoder and no VAE: a latent is the picture, scaled to [-1, 1]."""
-
-    def __init__(self, folder, device, precision):
-        import diffusers                                                 # here, so that a bad flag is answered in a second
-        import transformers
-        for library in (diffusers, transformers):
-            library.utils.logging.disable_progress_bar()
-        self.folder, self.device, self.precision = folder, device, precision
-        self.network = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32).to(device).eval()
-        encoder = transformers.CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
-        self.text_encoder = encoder.to(device).eval()
-        self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        self.path = Flow(json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"])
-        self.shape = (self.network.config.in_channels, *[self.network.config.sample_size] * 2)
-
-    def __call__(self, x_t, t, prompt):
-        tokens, pooled = prompt
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            v = self.network(hidden_states=x_t, timestep=1000 * t, encoder_hidden_states=tokens, pooled_projections=pooled,
-                             return_dict=False)[0].float()
-        t = t.reshape(-1, *[1] * (x_t.dim() - 1))
-        return x_t - t * v, x_t + (1 - t) * v                            # v = eps - x_0 on the path x_t = (1-t) x_0 + t eps
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     @torch.no_grad()
     def encode(self, texts):
-        """-> (token embeddings [B, L, D], pooled embedding [B, D]), float32. The empty text is the null prompt of guidance."""
-        ids = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(self.device)
-        out = self.text_encoder(ids)
-        return out.last_hidden_state, out.text_embeds
+        """-> tuple of prompt embeddings [B, ...], float32. The empty text is the null prompt of guidance.
+
+        Raises RuntimeError for a text that forget_text_encoders did not keep; where prompts are classes, ValueError for a text that is none."""
+        if self.encoders == []:
+            if unknown := [text for text in texts if text not in self.known]:
+                raise RuntimeError(f"the text encoders have been forgotten, and what they made of {unknown[0]!r} was not kept")
+            return tuple(torch.stack(found) for found in zip(*(self.known[text] for text in texts)))
+        return tuple(torch.cat(found).float() for found in zip(*(self.embed(texts[i:i + 64]) for i in range(0, len(texts), 64))))
+
+    def forget_text_encoders(self, texts=()):
+        """Frees their memory, also that of frozen copies, and keeps what they make of `texts`: encode still knows these."""
+        if self.encoders:
+            texts = list(dict.fromkeys(texts))
+            self.known.update(zip(texts, zip(*self.encode(texts))) if texts else ())
+            self.encoders.clear()                                        # in place: copies share the list
 
     def decode(self, latents):
-        return ((latents + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
+        """latents [B, *shape] -> pictures [B, 3, H, W] in [0, 1], float32, `decode_batch` at a time."""
+        if not len(latents):                                             # a VAE cannot decode none, and a process may have none
+            return self.decode(latents.new_zeros(1, *self.shape))[:0]
+        return torch.cat([self.picture(z.float()).clamp(0, 1) for z in latents.split(self.decode_batch)])
 
     def frozen(self):
         """A copy whose network no longer learns: the reference policy of the KL."""
@@ -112,7 +128,177 @@ class StableDiffusion3:
         twin.network = copy.deepcopy(self.network).requires_grad_(False)
         return twin
 
+    def save_pipeline(self, folder, part):
+        """Everything the base folder holds, with the network as it is now (float32, LoRA folded in), so that it loads like the base."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(part, "*.bin", "*.ckpt", "*.fp16*", ".git", ".cache"))
+        self.network.save_config(Path(folder) / part)
+        save_file(merged(self.network), Path(folder) / part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        index = read_json(self.folder / "model_index.json")
+        absent = [name for name in named_parts(self.folder) if not (Path(folder) / name).is_dir()]        # the safety checker of a hub id, say
+        if absent:
+            (Path(folder) / "model_index.json").write_text(json.dumps(index | dict.fromkeys(absent, [None, None]), indent=2))
+
+    def save_own(self, folder, kind, facts):
+        """KIND.safetensors, the network as it is now (float32, LoRA folded in), and copies of what lies beside the base's file."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / name for name in BESIDE):
+            if path.is_dir():
+                shutil.copytree(path, Path(folder) / path.name, dirs_exist_ok=True)
+            elif path.is_file():
+                shutil.copyfile(path, Path(folder) / path.name)
+        save_file(merged(self.network), Path(folder) / f"{kind}.safetensors", {name: str(value) for name, value in facts.items()})
+
+    def class_ids(self, texts, classes):
+        """Class ids as texts, or names of classes.txt -> integers [B]; the empty text -> `classes`, the null label. Raises ValueError."""
+        found = [classes if not text else int(text) if re.fullmatch(r"[0-9]{1,9}", text) else self.names.get(text.lower(), -1) for text in texts]
+        for text, i in zip(texts, found):
+            if text and not 0 <= i < classes:
+                raise ValueError(f"prompt {text!r}: a class is a number from 0 to {classes - 1} or a name of {self.folder / 'classes.txt'}")
+        return torch.tensor(found, device=self.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapters.
+
+class StableDiffusion(Generator):
+    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752): a UNet in the latents of a VAE, one CLIP; epsilon or v-prediction."""
+
+    def __init__(self, folder, device, precision, decode_batch):
+        super().__init__(folder, device, precision, decode_batch)
+        diffusers, transformers = _libraries()
+        self.network = _part(diffusers.UNet2DConditionModel, folder / "unet", device).requires_grad_(True)
+        self.vae = _part(diffusers.AutoencoderKL, folder / "vae", device)
+        frozen = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.encoders = [(transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+                          _part(transformers.CLIPTextModel, folder / "text_encoder", device, frozen))]
+        scheduler = diffusers.DDIMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+        self.path = VP(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, offset=1)      # whatever steps_offset says, as the stock pipeline
+        self.velocity = scheduler.config.prediction_type == "v_prediction"
+        self.shape = (self.network.config.in_channels, *[self.network.config.sample_size] * 2)
+
+    def __call__(self, x_t, t, prompt):
+        with self.autocast():
+            out = self.network(x_t, t.round().long(), encoder_hidden_states=prompt[0], return_dict=False)[0].float()
+        alpha, sigma = (c(t).float().reshape(-1, 1, 1, 1) for c in (self.path.alpha, self.path.sigma))
+        if self.velocity:                                                # v = alpha eps - sigma x_0
+            return alpha * x_t - sigma * out, alpha * out + sigma * x_t
+        return (x_t - sigma * out) / alpha, out
+
+    def embed(self, texts):
+        [(tokenizer, encoder)] = self.encoders
+        return (encoder(_tokens(tokenizer, texts, tokenizer.model_max_length, self.device))[0],)
+
+    def picture(self, z):
+        return self.vae.decode(z / self.vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+
     def save(self, folder):
-        """Everything the base folder holds, with the network as it is now (float32), so that the result loads like the base."""
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
-        self.network.save_pretrained(Path(folder) / "transformer")
+        self.save_pipeline(folder, "unet")
+
+
+class StableDiffusion3(Generator):
+    """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): two CLIPs and perhaps a T5, latents of a VAE, the stock scheduler's times.
+
+    And the embedded miniature of it: one CLIP, no VAE (a latent is the picture, scaled to [-1, 1]), and evenly spaced times. The stock ones would
+    end at t = 1/1000 and then 0, a step in which nothing happens; with few steps that is one wasted."""
+
+    def __init__(self, folder, device, precision, decode_batch):
+        super().__init__(folder, device, precision, decode_batch)
+        diffusers, transformers = _libraries()
+        self.network = _part(diffusers.SD3Transformer2DModel, folder / "transformer", device).requires_grad_(True)
+        named = named_parts(folder)
+        frozen = torch.bfloat16 if precision == "bfloat16" and "vae" in named else torch.float32   # the miniature's encoder is small enough
+        clip, t5 = (transformers.CLIPTokenizer, transformers.CLIPTextModelWithProjection), (transformers.T5TokenizerFast, transformers.T5EncoderModel)
+        self.encoders = [(tokenizer.from_pretrained(folder / f"tokenizer{n}"), _part(encoder, folder / f"text_encoder{n}", device, frozen))
+                         for n, (tokenizer, encoder) in (("", clip), ("_2", clip), ("_3", t5)) if not n or f"text_encoder{n}" in named]
+        config = read_json(folder / "scheduler" / "scheduler_config.json")
+        self.path = Flow(config["shift"])
+        if "vae" in named:
+            self.vae = _part(diffusers.AutoencoderKL, folder / "vae", device)
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+
+            def times(steps):
+                scheduler.set_timesteps(steps)
+                return scheduler.sigmas.double()
+            self.path = self.path._replace(times=times)
+        self.shape = (self.network.config.in_channels, *[self.network.config.sample_size] * 2)
+
+    def __call__(self, x_t, t, prompt):
+        tokens, pooled = prompt
+        with self.autocast():
+            v = self.network(hidden_states=x_t, timestep=1000 * t, encoder_hidden_states=tokens, pooled_projections=pooled, return_dict=False)[0]
+        return _from_velocity(x_t, t, v.float())
+
+    def embed(self, texts):
+        """-> token embeddings [B, L, D], pooled embedding [B, D]."""
+        length = self.encoders[0][0].model_max_length
+        clips = [encoder(_tokens(tokenizer, texts, length, self.device), output_hidden_states=True) for tokenizer, encoder in self.encoders[:2]]
+        if len(clips) == 1:
+            return clips[0].last_hidden_state, clips[0].text_embeds
+        tokens, pooled = torch.cat([clip.hidden_states[-2] for clip in clips], 2), torch.cat([clip.text_embeds for clip in clips], 1)
+        more = tokens.new_zeros(len(texts), T5_TOKENS, self.network.config.joint_attention_dim)
+        for tokenizer, encoder in self.encoders[2:]:
+            more = encoder(_tokens(tokenizer, texts, T5_TOKENS, self.device))[0]
+        return torch.cat([pad(tokens, (0, more.shape[2] - tokens.shape[2])), more], 1), pooled
+
+    def decode(self, latents):
+        return super().decode(latents) if self.vae else ((latents + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
+
+    def picture(self, z):
+        config = self.vae.config
+        return self.vae.decode(z / config.scaling_factor + (config.shift_factor or 0), return_dict=False)[0] / 2 + 0.5
+
+    def save(self, folder):
+        self.save_pipeline(folder, "transformer")
+
+
+class SiT(Generator):
+    """SiT (arXiv 2401.08740, sit.py) in our direction of time, 1 noise, 0 data; prompts are classes, and their embedding is what takes noise."""
+
+    def __init__(self, file, device, precision, decode_batch):
+        super().__init__(file.parent, device, precision, decode_batch)
+        self.network, self.path = sit.load(file, stated_heads(file))[0].to(device), Flow()
+        self.vae, self.names = _part(_libraries()[0].AutoencoderKL, self.folder / "vae", device), class_names(self.folder, self.network.num_classes)
+        self.shape = self.network.shape
+
+    guided_channels = 3                                                  # as published; the fourth latent follows the prompt alone
+
+    def __call__(self, x_t, t, prompt):
+        with self.autocast():
+            v = -self.network(x_t, 1 - t, prompt[0])
+        return _from_velocity(x_t, t, v.float())
+
+    def embed(self, texts):
+        return (self.network.embed(self.class_ids(texts, self.network.num_classes)),)
+
+    def picture(self, z):
+        return self.vae.decode(z / 0.18215, return_dict=False)[0] / 2 + 0.5
+
+    def save(self, folder):
+        self.save_own(folder, "sit", {"num_heads": self.network.blocks[0].heads})
+
+
+class EDM2(Generator):
+    """EDM2 (arXiv 2312.02696, edm2.py); prompts are classes, and their embedding is what takes noise; the null label is zeros."""
+    initial_std = 80.0                                                   # sigma_max
+
+    def __init__(self, file, device, precision, decode_batch):
+        super().__init__(file.parent, device, precision, decode_batch)
+        self.network, self.path = edm2.load(file).to(device), EDM
+        self.vae, self.names = _part(_libraries()[0].AutoencoderKL, self.folder / "vae", device), class_names(self.folder, self.network.label_dim)
+        side = int(next(iter(self.network.unet.enc)).split("x")[0])      # the first layer is called 64x64_conv
+        self.shape = (len(self.network.unet.out_conv.weight), side, side)
+
+    def __call__(self, x_t, t, prompt):
+        with self.autocast():
+            x0_hat = self.network(x_t, t, embedding=prompt[0]).float()
+        return x0_hat, (x_t - x0_hat) / t.reshape(-1, 1, 1, 1)
+
+    def embed(self, texts):
+        labels = one_hot(self.class_ids(texts, self.network.label_dim), self.network.label_dim + 1)[:, :-1]
+        return (self.network.embed(labels.float()),)
+
+    def picture(self, z):
+        return self.vae.decode(edm2.latents_to_vae(z), return_dict=False)[0]
+
+    def save(self, folder):
+        self.save_own(folder, "edm2", {"channels_per_head": self.network.channels_per_head})

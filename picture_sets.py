@@ -39,7 +39,7 @@ def stream(model, prompts, n, numbers, steps, guidance, key, batch):
     times, numbers = model.path.times(steps), torch.as_tensor(numbers, dtype=torch.long)
     table, null = model.encode([p.text for p in prompts]), model.encode([""])
     for i in numbers.split(batch) if len(numbers) else ():
-        x_T = seeded_noise(key, i, model.shape).to(model.device) * model.path.sigma(times[0]).item()
+        x_T = seeded_noise(key, i, model.shape).to(model.device) * model.initial_std
         prompt = tuple(y[i.to(model.device) // n] for y in table)
         yield i, model.decode(sample(model, model.path, times, prompt, x_T, guidance, null)).float()
 
@@ -47,7 +47,7 @@ def stream(model, prompts, n, numbers, steps, guidance, key, batch):
 def pictures(model, prompts, n, numbers, steps, guidance, key, batch):
     """All that `stream` yields -> [len(numbers), 3, H, W]."""
     images = [x for _, x in stream(model, prompts, n, numbers, steps, guidance, key, batch)]
-    return torch.cat(images) if images else torch.empty(0, 3, *model.shape[1:], device=model.device)
+    return torch.cat(images) if images else model.decode(torch.zeros(0, *model.shape, device=model.device))
 
 
 def generate(model, prompts, n, steps, guidance, seed, batch):

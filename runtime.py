@@ -304,7 +304,7 @@ class Log:
 
 def before_and_after(out):
     """The table that closes a run, from the first and the last evaluation in metrics.jsonl."""
-    rows = [row for row in map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines()) if "eval/fid" in row]
+    rows = [row for row in map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines()) if "eval/vendi" in row]
     lines = [f"{'':12}{'before':>10}{'after':>10}"]
     lines += [f"{name[5:]:12}{rows[0][name]:10.3f}{rows[-1][name]:10.3f}" for name in rows[0] if name.startswith("eval/")]
     return "\n".join(lines) + f"\n{out}: {rows[-1]['iteration']} iterations; pictures in grids/, the tuned model in model/"

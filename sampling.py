@@ -112,7 +112,10 @@ def predict(model, x_t, t, prompt, guidance=1.0, null=None):
         return model(x_t, t, prompt)
     both = tuple(torch.cat([n.expand_as(p), p]) for n, p in zip(null, prompt))
     halves = [out.float().chunk(2) for out in model(x_t.repeat(2, *[1] * (x_t.dim() - 1)), t.repeat(2), both)]
-    return tuple(without + guidance * (with_prompt - without) for without, with_prompt in halves)
+    guided = [without + guidance * (with_prompt - without) for without, with_prompt in halves]
+    if channels := getattr(model, "guided_channels", None):              # SiT as published: the others follow the prompt alone
+        guided = [torch.cat([g[:, :channels], with_prompt[:, channels:]], 1) for g, (_, with_prompt) in zip(guided, halves)]
+    return tuple(guided)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ import eval as evaluation
 import models
 import runtime
 from checks import check, plan
+from lora import add_lora, export, lora_off
 from features import load_features, open_pool
 from prompting import draw_prompts, noised_prompt
 from rewards import Reward, group_advantage
@@ -85,6 +87,7 @@ class Args:
     # update
     std: Literal["batch", "group", "none"] = "batch"  # what divides a centred reward: std of the batch, of its group, or nothing
     train: Literal["attention", "all"] = "attention"  # which weights learn
+    lora: int = 0                                   # rank of a LoRA that learns in place of the weights (alpha = rank); 0: the weights themselves
     lr: float = 3e-4                                # AdamW's learning rate
     warmup: int = 5                                 # iterations over which lr rises
     updates: int = 2                                # optimizer steps a pass
@@ -102,6 +105,8 @@ class Args:
     keep_checkpoints: int = 2                       # how many of the newest stay
     snapshot_every: int = 10                        # iterations between snapshots of the trained weights and two averages, for merge.py; 0: none
     keep_snapshots: int = 6                         # how many of the newest stay
+    checkpointing: bool = False                     # recompute activations in the backward instead of keeping them: memory only
+    decode_batch: int = 8                           # pictures that a VAE decodes at once: memory only
     batch: int = 160                                # pictures, or (picture, step) pairs, in one forward of a process: memory only
     precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' forwards; step and log-probs are float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
@@ -144,7 +149,7 @@ def explore(args, model, policy, table, null, who, samples, key):
     prompt = tuple(y[torch.as_tensor(who, device=y.device)] for y in table)
     prompt_noise = tuple(seeded_noise((*key, 1 + n), samples, y.shape[1:]).to(y) for n, y in enumerate(prompt))
     condition = noised_prompt(prompt, prompt_noise, args.prompt_noise, args.tau1, args.tau2, args.psi)
-    return rollout(model, policy, condition, noise[:, 0] * policy.path.sigma(policy.times[0]).item(), noise[:, 1:], null, args.batch)
+    return rollout(model, policy, condition, noise[:, 0] * model.initial_std, noise[:, 1:], null, args.batch)
 
 
 def open_distribution(args, model, kind):
@@ -210,8 +215,8 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
             ratio = torch.exp((log_prob(trajectory.latents[k + 1, row], mean, std) - trajectory.log_probs[w, row]) / D)
             loss, kl = clipped_loss(ratio, advantage[w, j], args.clip / D), torch.zeros_like(ratio)
             if args.kl:
-                with torch.no_grad():
-                    reference_mean, _, _ = policy.step(reference, trajectory.latents[k, row], k, prompt, null)
+                with torch.no_grad(), nullcontext() if reference else lora_off(model.network):
+                    reference_mean, _, _ = policy.step(reference or model, trajectory.latents[k, row], k, prompt, null)
                 kl = gaussian_kl(mean, reference_mean, std)
             ((loss + args.kl * kl / D).sum() / len(chunk)).backward()    # nats over D, both of them
             error = (ratio.detach() - 1).abs()
@@ -226,30 +231,23 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
     return {"loss": loss / count, "kl": kl / count, "clip_fraction": clipped / count, "grad_norm": norm, "ratio_error": ratio_error}
 
 
-def evaluate(args, model, judged, judge, measure, target, iteration):
-    """Pictures at held-out seeds, the same ones every time -> {"eval/...": number}, and grids/NNNNN.png."""
-    images = evaluation.generate(model, judged, args.eval_images // len(judged), args.eval_steps, args.guidance, args.eval_seed, args.batch)
-    if runtime.rank() == 0:
-        runtime.save_grid(Path(args.out) / "grids" / f"{iteration:05d}.png", images.reshape(len(judged), -1, *images.shape[1:])[:, :10])
-    scores = evaluation.score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
-    if measure:
-        trained = torch.cat([measure(x) for x in images.split(args.batch)])
-        scores["fid_trained"] = dist_reward.frechet_distance(*dist_reward.moments(trained), *target)
-    return {"eval/" + name: value for name, value in scores.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop.
 
 def train(args, prompts, judged, interrupt):
     """The algorithm, and around it evaluation, log and checkpoints. Returns early, after a checkpoint, when it is asked to stop."""
     device, out = runtime.start(args.device, args.timeout), Path(args.out)
-    model = models.load(args.model, device, args.precision)
+    try:
+        model = models.load(args.model, device, args.precision, args.checkpointing, args.decode_batch)
+        model.forget_text_encoders([p.text for p in prompts + judged] + [""])
+        table, null = model.encode([p.text for p in prompts]), model.encode([""])
+        model.encode([p.text for p in judged])
+    except ValueError as error:                                          # weights that are not their config's, a prompt that is no class
+        runtime.refuse(error)
     reward = Reward(args.reward, model.folder, device)
-    table, null = model.encode([p.text for p in prompts]), model.encode([""])
     policy = Policy(model.path, model.path.times(args.steps), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
-    reference = model.frozen() if args.kl else None
-    weights = {n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
+    reference = model.frozen() if args.kl and not args.lora else None
+    weights = add_lora(model.network, args.lora, args.lora, seed=args.seed) if args.lora else {n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
     averages = {key: {n: p.detach().clone() for n, p in weights.items()}
                 for key in ("ema",) * (args.ema > 0) + EMA_LENGTHS * (args.snapshot_every > 0)}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -262,11 +260,12 @@ def train(args, prompts, judged, interrupt):
     elif pool:
         pool.refresh(fresh_reference(args, model, policy, table, null, measure, 0))
     log = runtime.Log(out, vars(args), state["lines"])
-    judge = evaluation.Judge(model.folder, "reward" if args.features == "evaluator" and pool else "evaluator", device)
+    name = "reward" if args.features == "evaluator" and pool else "evaluator"                 # who judges is not who rewards
+    judge = evaluation.Judge(model.folder, name, device) if (model.folder / name).is_dir() else None
 
     def judged_now(iteration):
         with runtime.swapped(weights, averages.get("ema", {})):
-            return evaluate(args, model, judged, judge, measure, target, iteration)
+            return evaluation.evaluate(args, model, judged, judge, reward, look, measure, target, iteration)
 
     if not newest:
         log.write({"iteration": 0} | judged_now(0))
@@ -305,6 +304,8 @@ def train(args, prompts, judged, interrupt):
         if last:
             with runtime.swapped(weights, averages.get("ema", {})):
                 runtime.save_model(out / "model", model)
+                if args.lora and runtime.rank() == 0:
+                    runtime.write_atomic(out / "lora", lambda folder: export(model.network, folder, {"base": args.model, "iteration": step + 1}))
         if args.snapshot_every and (last or (step + 1) % args.snapshot_every == 0):
             save_snapshots(out, step + 1, weights, {s: averages[s] for s in EMA_LENGTHS}, args.model, args.keep_snapshots)
         stop = interrupt.asked(device)

@@ -73,8 +73,8 @@ class Lora(Mapping):
 
     def __init__(self, file, base):
         self.file, self.base, self.facts = file, base, file.facts
-        self.prefix = {re.sub(r"^(transformer|unet)\.", "", n.removesuffix(".lora_A.weight")): n.removesuffix(".lora_A.weight")
-                       for n in file if n.endswith(".lora_A.weight")}
+        self.prefix = {n if n + ".weight" in base else re.sub(r"^(transformer|unet)\.", "", n): n
+                       for n in (n.removesuffix(".lora_A.weight") for n in file if n.endswith(".lora_A.weight"))}
 
     def __getitem__(self, name):
         layer = self.prefix[name.removesuffix(".weight")]
@@ -109,7 +109,7 @@ def save_snapshots(out, iteration, weights, averages, base, keep):
     """out/snapshots/NNNNN.safetensors, the raw trained weights, and NNNNN-0.050.safetensors for each average; only the last `keep` stay."""
     if runtime.rank() > 0:
         return
-    folder, mark = Path(out) / "snapshots", fingerprint(Weights(models.network_files(models.check(base))))
+    folder, mark = Path(out) / "snapshots", fingerprint(Weights(models.network_files(base)))
     folder.mkdir(exist_ok=True)
     for suffix, tensors, length in (("", weights, ""), *((f"-{s:.3f}", average, str(s)) for s, average in averages.items())):
         tensors = {n: p.detach().float().cpu().contiguous() for n, p in tensors.items()}
@@ -126,7 +126,8 @@ def open_checkpoints(paths, model=""):
     folder = model or next(iter(named), next((p for p, w in zip(paths, opened) if w is None), ""))
     if not folder:
         raise ValueError(f"{paths[0]}: does not say what its base is; name it with --model FOLDER")
-    base, mark = Weights(models.network_files(models.check(folder))), None
+    models.check(folder)
+    base, mark = Weights(models.network_files(folder)), None
     for k, path in enumerate(paths):
         if opened[k] is None:
             opened[k] = Weights(models.network_files(models.check(path)))

@@ -264,13 +264,13 @@ FLAGS = [
     ("diversity_features", "reward", "latents", "update", ""), ("metric", "cosine", "euclidean", "update", ""),
     ("nearest", 2, 1, "update", ""), ("success", True, False, "update", ""), ("gamma", 1, 0.5, "update", ""),
     ("terminal", "keep", "zero", "update", ""), ("kl", 0, 1, "update", ""), ("gardo", False, True, "update", ""),
-    ("std", "group", "batch", "update", ""), ("train", "attention", "all", "update", ""), ("lr", 0.001, 0.002, "update", ""),
+    ("std", "group", "batch", "update", ""), ("train", "attention", "all", "update", ""), ("lora", 0, 2, "update", ""), ("lr", 0.001, 0.002, "update", ""),
     ("warmup", 0, 4, "update", ""), ("updates", 2, 1, "update", ""), ("passes", 1, 2, "update", ""), ("clip", 0.4, 1e-5, "update", ""),
     ("grad_clip", 1, 1e-6, "update", ""), ("ema", 0, 0.5, "judgement", ""),
     ("eval_prompts", "{tiny}/eval_prompts.jsonl", "{one}", "judgement", ""), ("eval_every", 1, 2, "judgement", ""),
     ("eval_images", 20, 40, "judgement", ""), ("eval_steps", 2, 3, "judgement", ""), ("eval_seed", 0, 1, "judgement", ""),
     ("save_every", 1, 2, "output", ""), ("keep_checkpoints", 2, 1, "output", ""), ("snapshot_every", 0, 1, "output", ""),
-    ("keep_snapshots", 2, 1, "output", "--snapshot_every 1"), ("batch", 160, 5, "rounding", ""),
+    ("keep_snapshots", 2, 1, "output", "--snapshot_every 1"), ("checkpointing", False, True, "memory", ""), ("decode_batch", 8, 3, "memory", ""), ("batch", 160, 5, "rounding", ""),
     ("precision", "float32", "bfloat16", "rollouts", ""), ("device", "cpu", "auto", "rounding", ""),
     ("timeout", 30, 7, "start", "")]
 
@@ -315,6 +315,14 @@ def equal_weights(a, b):
 def test_every_flag_does_what_it_says(tiny, outcome, name, value, other, where, context):
     if name == "device" and torch.cuda.is_available():
         pytest.skip("auto is the GPU here")
+    if where == "memory":                                                # that it does something is tested in test_models.py
+        calls, folder, load = [], outcome().out.parent, models.load
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models, "load", lambda *arguments: calls.append(arguments) or load(*arguments))
+            runs = [launch(small(tiny, folder / f"{name}{number}", *BASE, *spelled(name, number))) for number in (value, other)]
+        assert len(runs) == 2 and [call[{"checkpointing": 3, "decode_batch": 4}[name]] for call in calls] == [value, other]
+        assert_close_weights(*(read_weights(folder / f"{name}{number}") for number in (value, other)), network(tiny))
+        return
     if where == "start":
         waits, folder = [], outcome().out.parent
 
