@@ -47,7 +47,7 @@ class Args:
     sigma_rel: str = "0.03,0.05,0.07,0.1,0.15,0.2"  # lengths of the average relative to the training; ema writes a folder for each
     # rl: the policy
     blocks: bool = False                            # coefficients for each block of the network, not for the whole model
-    updates: int = 30                               # policy updates
+    updates: int = 20                               # policy updates
     group_size: int = 8                             # coefficient vectors an update, in mirrored pairs
     std: float = 0.05                               # the policy's std at the start, in units of a coefficient
     lr: float = 0.5                                 # step of the mean, in units of its std; log std takes a tenth of it
@@ -56,8 +56,8 @@ class Args:
     reward: str = "fid:1"                           # as train.py's
     features: str = "reward"                        # as train.py's
     target: str = ""                                # real pictures of the search (default: one half, the model folder's real-1.npz)
-    images: int = 300                               # pictures of each coefficient vector; a multiple of the prompts
-    reference: int = 3000                           # M, pictures of the mean's in the reference, of which `images` are replaced
+    images: int = 210                               # pictures of each coefficient vector; a multiple of the prompts
+    reference: int = 1050                           # M, pictures of the mean's in the reference, of which `images` are replaced
     prompts: str = ""                               # (default: the model folder's prompts.jsonl)
     # rl: the table
     report_target: str = ""                         # real pictures of the table (default: the other half, real-2.npz)
@@ -280,8 +280,8 @@ def draw(out, names):
     import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(1, 2, figsize=(12, 4))
-    for name, line in zip(names, np.mean([row["coefficients"] for row in rows], 1).T):
-        axes[0].plot([row["update"] for row in rows], line, label=name)
+    for k, (name, line) in enumerate(zip(names, np.mean([row["coefficients"] for row in rows], 1).T)):
+        axes[0].plot([row["update"] for row in rows], line, label=name, color=plt.get_cmap("turbo")((k + 0.5) / len(names)))
     axes[1].plot([row["update"] for row in rows], [row["std"] for row in rows])
     axes[0].set(xlabel="update", ylabel="mean of the policy: coefficient"), axes[1].set(xlabel="update", ylabel="its std, one line a block")
     axes[0].legend(fontsize=6, ncol=2), figure.tight_layout()

@@ -10,6 +10,7 @@ searched and in the held-out evaluator's.
 """
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +83,9 @@ def main():
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, jobs))
     table(out, seeds)
+    figure = out / f"{next(iter(KINDS))}-0" / "coefficients.png"
+    if figure.is_file():
+        shutil.copyfile(figure, ROOT / "experiments" / "merging.png")
 
 
 if __name__ == "__main__":
