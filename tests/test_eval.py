@@ -243,6 +243,7 @@ def test_scores_by_their_definitions(folder):
 class Blend:
     """A model whose picture tells its noise and its prompt; knows two words."""
     path, shape, device = FLOW, (1, 4, 4), torch.device("cpu")
+    initial_std = 1.0
 
     def __call__(self, x, t, prompt):
         v = torch.tanh(x) - prompt[0][:, None, None, :4]
