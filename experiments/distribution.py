@@ -118,7 +118,7 @@ def main():
         signal_to_noise(out, args.pictures)
     runs = {name: {s: load(out / f"{name}-{s}") for s in range(SEEDS[name]) if (out / f"{name}-{s}" / "model").is_dir()} for name in RUNS}
     draw({name: curves for name, curves in runs.items() if curves}, ROOT / "experiments" / "distribution.png",
-         ("iteration", "iteration (160 rollouts each)"),
+         ("iteration", "iteration (160 rollouts each; longer: 320)"),
          [("eval/fid_trained", "Frechet distance of fresh pictures, features trained on"), ("eval/fid", "the same, held-out features")])
 
 
