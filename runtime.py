@@ -82,6 +82,7 @@ def start(device="auto", minutes=30):
 
 def finish():
     if dist.is_initialized():
+        dist.barrier()                                                   # nobody leaves while another still needs him
         dist.destroy_process_group()
 
 

@@ -152,6 +152,16 @@ def explore(args, model, policy, table, null, who, samples, key):
     return rollout(model, policy, condition, noise[:, 0] * model.initial_std, noise[:, 1:], null, args.batch)
 
 
+def open_model(args, prompts, judged, device):
+    """The base, and the embeddings of the prompts and of the empty one; a real base's text encoders are then dropped."""
+    try:
+        model = models.load(args.model, device, args.precision, args.checkpointing, args.decode_batch)
+        model.forget_text_encoders([p.text for p in prompts + judged] + [""])
+        return model, model.encode([p.text for p in prompts]), model.encode([""])
+    except ValueError as error:                                          # weights that are not their config's, a prompt that is no class
+        runtime.refuse(error)
+
+
 def open_distribution(args, model, kind):
     """What the reward fid or kid needs: an empty reference of M members, the feature network, the moments of the real pictures."""
     blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
@@ -237,13 +247,7 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
 def train(args, prompts, judged, interrupt):
     """The algorithm, and around it evaluation, log and checkpoints. Returns early, after a checkpoint, when it is asked to stop."""
     device, out = runtime.start(args.device, args.timeout), Path(args.out)
-    try:
-        model = models.load(args.model, device, args.precision, args.checkpointing, args.decode_batch)
-        model.forget_text_encoders([p.text for p in prompts + judged] + [""])
-        table, null = model.encode([p.text for p in prompts]), model.encode([""])
-        model.encode([p.text for p in judged])
-    except ValueError as error:                                          # weights that are not their config's, a prompt that is no class
-        runtime.refuse(error)
+    model, table, null = open_model(args, prompts, judged, device)
     reward = Reward(args.reward, model.folder, device)
     policy = Policy(model.path, model.path.times(args.steps), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
     reference = model.frozen() if args.kl and not args.lora else None

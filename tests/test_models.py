@@ -23,7 +23,7 @@ import model_files
 import models
 import sit
 from prompting import noised_prompt
-from sampling import FLOW, Policy, log_prob, rollout, sample
+from sampling import FLOW, Policy, log_prob, predict, rollout, sample
 
 TOKENIZER = ROOT / "assets" / "tiny" / "tokenizer"
 TEXTS = ["a dark coat", "photo of a bag"]
@@ -251,11 +251,21 @@ def test_edm2_is_eulers_method_on_the_published_denoiser(names, loaded):
 
 
 def test_guidance_starts_from_the_null_label(loaded):
-    for family in ("sit", "edm2"):
-        model = loaded[family]
-        null, one = draw(model, ["", ""], 3), draw(model, ["1", "2"], 3)
-        torch.testing.assert_close(draw(model, ["1", "2"], 3, 1e-6), null, rtol=1e-3, atol=1e-3)
-        assert not torch.allclose(null, one, atol=1e-3)
+    model = loaded["edm2"]
+    null, one = draw(model, ["", ""], 3), draw(model, ["1", "2"], 3)
+    torch.testing.assert_close(draw(model, ["1", "2"], 3, 1e-6), null, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(null, one, atol=1e-3)
+
+
+@torch.no_grad()
+def test_sit_is_guided_in_its_first_three_channels_alone(loaded):
+    model = loaded["sit"]
+    x, t, prompt, null = noise(model.shape), torch.full((3,), 0.7), model.encode(["1", "2", "3"]), model.encode([""])
+    guided, with_prompt, without = predict(model, x, t, prompt, 2.5, null), model(x, t, prompt), model(x, t, model.encode([""] * 3))
+    for found, p, n in zip(guided, with_prompt, without):
+        torch.testing.assert_close(found[:, :3], (n + 2.5 * (p - n))[:, :3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[:, 3:], p[:, 3:], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(p[:, 3:], n[:, 3:], atol=1e-3)
 
 
 def test_a_class_has_a_number_or_a_name(loaded):

@@ -148,8 +148,8 @@ def test_the_saved_model_draws_what_the_trained_network_draws(done, tiny):
     prompts = prompting.read_prompts(tiny / "eval_prompts.jsonl")
     draw = lambda model: evaluation.generate(model, prompts, 2, 3, 1.5, 7, 20)
     saved = draw(models.load(done.out / "model"))
-    assert torch.equal(saved, draw(done.model))
-    assert not torch.equal(saved, draw(models.load(tiny)))
+    torch.testing.assert_close(saved, draw(done.model), rtol=0, atol=1e-3)      # the words went through their encoder in another batch
+    assert not torch.allclose(saved, draw(models.load(tiny)), rtol=0, atol=2e-2)
 
 
 def test_plain_diffusers_loads_the_saved_transformer(done):
