@@ -1,11 +1,11 @@
 """Merging checkpoints of one base, and RL over the merging coefficients (distribution-wise rewards, arXiv 2607.02291, second half).
 
-    python merge.py average A B C --out FOLDER                    theta = sum_k c_k theta_k with sum_k c_k = 1; negatives are allowed
-    python merge.py ema runs/x/snapshots/*-0* --sigma_rel 0.15    post-hoc EMA of any length (EDM2, arXiv 2312.02696, section 3.1)
-    torchrun merge.py rl runs/x/snapshots/* --out FOLDER          coefficients found by policy gradient, beside every baseline
+    python merge.py average A B C --out FOLDER                                      theta = sum_k c_k theta_k, sum_k c_k = 1; negatives are allowed
+    python merge.py ema runs/x/snapshots/*-0.* --sigma_rel 0.15 --out FOLDER        post-hoc EMA of any length (EDM2, arXiv 2312.02696, section 3.1)
+    torchrun merge.py rl runs/x/snapshots/* --out FOLDER                            coefficients found by policy gradient, beside every baseline
 A merge is a point c of an affine space, c = c_0 + z Q with Q [K - 1, K] an orthonormal basis of the vectors that sum to zero and c_0 the best
-merge that needs no search. The policy is z ~ N(mean, std^2). Its pictures come from the deterministic sampler that inference uses: the randomness of RL is in the weights' place, not
-in the step's. The paper's abstract says no more than this; the policy, the blocks and the pricing against a pool are our reading.
+merge that needs no search. The policy is z ~ N(mean, std^2). Its pictures come from the deterministic sampler that inference uses: the
+randomness of RL is in the weights' place, not in the step's. The paper's abstract says no more than this; the policy, the blocks and the pricing against a pool are our reading.
 Left out: merging models of different architectures, and second-order policies (with fewer than 20 numbers an evolution strategy is as good).
 """
 import copy

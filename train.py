@@ -251,9 +251,9 @@ def train(args, prompts, judged, interrupt):
     reward = Reward(args.reward, model.folder, device)
     policy = Policy(model.path, model.path.times(args.steps), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
     reference = model.frozen() if args.kl and not args.lora else None
-    weights = add_lora(model.network, args.lora, args.lora, seed=args.seed) if args.lora else {n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
-    averages = {key: {n: p.detach().clone() for n, p in weights.items()}
-                for key in ("ema",) * (args.ema > 0) + EMA_LENGTHS * (args.snapshot_every > 0)}
+    weights = add_lora(model.network, args.lora, args.lora, seed=args.seed) if args.lora else {
+        n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
+    averages = {key: {n: p.detach().clone() for n, p in weights.items()} for key in ("ema",) * (args.ema > 0) + EMA_LENGTHS * (args.snapshot_every > 0)}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     look = None if args.diversity_features == "latents" else load_features(args.diversity_features, model.folder, device)
     pool, measure, target = open_distribution(args, model, reward.distribution) if reward.distribution else (None, None, None)

@@ -58,6 +58,8 @@ def table(out, methods, seeds):
     """Prints the markdown table of the finished runs and returns them, {method: {seed: evaluations}}."""
     finished = lambda name: {seed: load(out / f"{name}-{seed}") for seed in seeds if (out / f"{name}-{seed}" / "model").is_dir()}
     runs = {name: found for name in methods if (found := finished(name))}
+    if not runs:
+        raise SystemExit(f"{out}: no finished run; python experiments/evidence.py makes them")
     print(compare.table(runs))
     return runs
 

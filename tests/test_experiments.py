@@ -217,3 +217,8 @@ def test_the_merging_script_says_what_it_needs(tmp_path):
             (tmp_path / "run" / "snapshots" / f"{name}{suffix}.safetensors").touch()
     assert [name.split("/")[-1].removesuffix(".safetensors") for name in merging.checkpoints(tmp_path / "run")] == [
         "tiny", "00003", "00006", "00009", "00012", "00006-0.050", "00006-0.100", "00012-0.050", "00012-0.100"]
+
+
+def test_a_report_of_no_runs_says_so(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "experiments" / "evidence.py"), "--report", "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and "no finished run" in done.stderr and "Traceback" not in done.stderr
