@@ -1,7 +1,8 @@
-"""The README's results: DRIFT, each of its parts alone, and other protections against plain GRPO, over seeds, on assets/tiny.
+"""The README's results: DRIFT, each of its parts alone, the FID beside the reward, and other protections against plain GRPO, on assets/tiny.
 
     python experiments/evidence.py                      # runs what is missing (each run resumes), then prints the tables and draws
-    python experiments/evidence.py --report             # only the tables and the figure, from the runs that are there
+    python experiments/evidence.py --reward margin      # the same under a reward with a heavy upper tail, and fewer methods and seeds
+    python experiments/evidence.py --report             # only the tables and the figures, from the runs that are there
 
 Two runs of one thread each at a time. The table and the figure are those of `eval.py compare`; what they hold is said in compare.py.
 """
@@ -31,15 +32,22 @@ METHODS = {
     "DRIFT (iii) shaping": {k: v for k, v in OFF.items() if k != "diversity"},
     "DRIFT (ii) and (iii), the default": {},
     "DRIFT, all three": {"select": "window"},
-    "FID beside the reward": {"drift": "off", "reward": "class:1,fid:0.3"},
-    "DRIFT, the default, and FID": {"reward": "class:1,fid:0.3"},
+    "FID beside the reward": {"drift": "off", "fid": 0.3},
+    "both lines": {"prompt_noise": 0, "diversity": 0.4, "fid": 0.3},
 }
-FIRST = ("plain GRPO", "DRIFT (ii) and (iii), the default", "DRIFT, the default, and FID", "DRIFT (iii) shaping", "DRIFT, all three")
+DRAWN = ("plain GRPO", "KL 0.1", "GARDO", "DRIFT (i) subset", "DRIFT (iii) shaping", "DRIFT (ii) and (iii), the default", "FID beside the reward", "both lines")
+SECOND = {**dict.fromkeys(DRAWN), "spread, the opposite of (i)": None}   # the methods that are tried on a second reward
 
 
 def command_line(flags):
     spelled = lambda k, v: [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]
     return [word for k, v in flags.items() for word in spelled(k, v)]
+
+
+def flags_of(name, reward, seed):
+    """The flags of one run; `fid` is the weight of the FID beside the reward."""
+    flags = METHODS[name]
+    return COMMON | {k: v for k, v in flags.items() if k != "fid"} | {"reward": f"{reward}:1" + f",fid:{flags.get('fid')}" * ("fid" in flags), "seed": seed}
 
 
 def run(job):
@@ -65,27 +73,31 @@ def table(out, methods, seeds):
 
 
 def draw_grids(out, path, seed=0):
-    """The same noise through the base model, after plain GRPO and after DRIFT; one row a prompt."""
-    compare.draw_grids({title: sorted((out / f"{name}-{seed}" / "grids").glob("*.png"))[which] for title, name, which in (
-        ("base model", "plain GRPO", 0), ("plain GRPO", "plain GRPO", -1), ("DRIFT", "DRIFT (ii) and (iii), the default", -1))}, path)
+    """The same noise through the base model, after plain GRPO, after DRIFT, and with the FID beside it; one row a prompt."""
+    sheets = {name: sorted((out / f"{name}-{seed}" / "grids").glob("*.png")) for name in ("plain GRPO", "DRIFT (ii) and (iii), the default", "both lines")}
+    if all(sheets.values()):
+        plain, drift, both = sheets.values()
+        compare.draw_grids({"base model": plain[0], "plain GRPO": plain[-1], "DRIFT": drift[-1], "both lines": both[-1]}, path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out", default="runs/evidence", help="folder for the runs")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds of each method, from 0")
+    parser.add_argument("--out", default="", help="folder for the runs (default: runs/evidence, with -REWARD for another reward)")
+    parser.add_argument("--reward", default="class", choices=["class", "margin"], help="the alignment reward")
+    parser.add_argument("--seeds", type=int, default=0, help="seeds of each method, from 0 (default: 5, and 3 of another reward)")
     parser.add_argument("--report", action="store_true", help="only print and draw what is there")
     args = parser.parse_args()
-    out, seeds = ROOT / args.out, range(args.seeds)
+    first = args.reward == "class"
+    suffix, methods, seeds = ("", METHODS, range(args.seeds or 5)) if first else (f"-{args.reward}", SECOND, range(args.seeds or 3))
+    out = ROOT / (args.out or "runs/evidence" + suffix)
     if not args.report:
-        jobs = [(out / f"{name}-{seed}", COMMON | flags | {"seed": seed}, 1) for name, flags in METHODS.items() for seed in seeds]
-        jobs.sort(key=lambda job: job[0].name.rpartition("-")[0] not in FIRST)            # the main comparison first
-        jobs.sort(key=lambda job: job[1]["seed"] if job[0].name.rpartition("-")[0] in FIRST else 100)
+        jobs = [(out / f"{name}-{seed}", flags_of(name, args.reward, seed), 1) for seed in seeds for name in methods]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, jobs))
-    runs = table(out, METHODS, seeds)
-    draw(runs, ROOT / "experiments" / "evidence.png")
-    draw_grids(out, ROOT / "experiments" / "grids.png")
+    runs = table(out, methods, seeds)
+    draw({name: runs[name] for name in DRAWN if name in runs}, ROOT / "experiments" / f"evidence{suffix}.png")
+    if first:
+        draw_grids(out, ROOT / "experiments" / "grids.png")
 
 
 if __name__ == "__main__":

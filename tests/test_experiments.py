@@ -184,11 +184,16 @@ def test_the_price_benchmark_prints_a_row_for_each_size():
     assert all(float(row[10]) < 1e-6 and float(row[11]) > 0.99 for row in rows)
 
 
-def test_the_methods_of_the_evidence_are_command_lines():
-    for flags in evidence.METHODS.values():
-        argv = evidence.command_line(evidence.COMMON | flags)
-        args, _, _ = train.check(train.runtime.parse_args(train.Args, "", [*argv, "--model", str(TINY)]), train.Args())
-        assert all(str(getattr(args, k)) == str(v) or float(getattr(args, k)) == float(v) for k, v in flags.items())
+@pytest.mark.parametrize("reward", ["class", "margin"])
+def test_the_methods_of_the_evidence_are_command_lines(reward):
+    made = {}
+    for name in evidence.METHODS:
+        flags = evidence.flags_of(name, reward, 3)
+        args, _, _ = train.check(train.runtime.parse_args(train.Args, "", [*evidence.command_line(flags), "--model", str(TINY)]), train.Args())
+        assert all(getattr(args, k) == v for k, v in flags.items()) and args.seed == 3
+        made[name] = args.reward
+    assert made.pop("FID beside the reward") == made.pop("both lines") == f"{reward}:1,fid:0.3" and {*made.values()} == {f"{reward}:1"}
+    assert {*evidence.DRAWN, *evidence.SECOND} <= {*evidence.METHODS}
 
 
 def test_the_merging_script_reports_its_merges(tmp_path, capsys, monkeypatch):
