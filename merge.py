@@ -3,24 +3,24 @@
     python merge.py average A B C --out FOLDER                                      theta = sum_k c_k theta_k, sum_k c_k = 1; negatives are allowed
     python merge.py ema runs/x/snapshots/*-0.* --sigma_rel 0.15 --out FOLDER        post-hoc EMA of any length (EDM2, arXiv 2312.02696, section 3.1)
     torchrun merge.py rl runs/x/snapshots/* --out FOLDER                            coefficients found by policy gradient, beside every baseline
-A merge is a point c of an affine space, c = c_0 + z Q with Q [K - 1, K] an orthonormal basis of the vectors that sum to zero and c_0 the best
-merge that needs no search. The policy is z ~ N(mean, std^2). Its pictures come from the deterministic sampler that inference uses: the
-randomness of RL is in the weights' place, not in the step's. The paper's abstract says no more than this; the policy, the blocks and the pricing against a pool are our reading.
+A merge is a point c of an affine space, c = c_0 + z Q: c_0 is the best merge that needs no search, and the rows of Q [K - 1, K] sum to zero and move
+the weights equally far (snapshots of one run are nearly alike: a step in plain coefficients goes far along one direction and nowhere along the others).
+The policy is z ~ N(mean, std^2). Its pictures come from the deterministic sampler that inference uses: the randomness of RL is in the weights' place,
+not in the step's. The paper's abstract says no more than this; the policy, its space, the blocks and the pricing against a pool are our reading.
 Left out: merging models of different architectures, and second-order policies (with fewer than 20 numbers an evolution strategy is as good).
 """
 import copy
-import json
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
+import compare
 import dist_reward
 import eval as evaluation
 import models
@@ -47,9 +47,9 @@ class Args:
     sigma_rel: str = "0.03,0.05,0.07,0.1,0.15,0.2"  # lengths of the average relative to the training; ema writes a folder for each
     # rl: the policy
     blocks: bool = False                            # coefficients for each block of the network, not for the whole model
-    updates: int = 20                               # policy updates
+    updates: int = 30                               # policy updates
     group_size: int = 8                             # coefficient vectors an update, in mirrored pairs
-    std: float = 0.05                               # the policy's std at the start, in units of a coefficient
+    std: float = 0.1                                # the policy's std at the start, in units of the checkpoints' rms distance from their mean
     lr: float = 0.5                                 # step of the mean, in units of its std; log std takes a tenth of it
     seed: int = 0                                   # of the policy and of the search's noise
     # rl: the reward
@@ -116,16 +116,29 @@ def _merge_entry(name, state_dicts, c):
 # ---------------------------------------------------------------------------------------------------------------------
 # RL over the coefficients.
 
-def zero_sum_basis(K):
-    """Orthonormal rows [K - 1, K], each of sum zero (Helmert's): c = 1/K + z Q sums to one for every z."""
-    k = torch.arange(1, K, dtype=torch.float64)[:, None]
-    j = torch.arange(K)
-    return ((j < k).double() - k * (j == k)) / (k * (k + 1)).sqrt()
+def directions(views, blocks=1, floor=0.01):
+    """Q [B, K - 1, K] for K checkpoints: the principal directions of the checkpoints about their mean, in the space of a block's weights.
+
+    A row sums to zero; a step of 1 along it moves the weights by the checkpoints' rms distance from their mean, whichever row. A direction in which
+    they differ less than `floor` times as much as in the first is left out: its row is zero. Tensors are read one at a time.
+    """
+    K, names = len(views), sorted({block_of(name) for name in views[0]})
+    gram, Q = torch.zeros(blocks, K, K, dtype=torch.float64), torch.zeros(blocks, K - 1, K, dtype=torch.float64)
+    for name in views[0]:
+        if views[0][name].is_floating_point():
+            x = torch.stack([view[name].double().flatten() for view in views])
+            gram[names.index(block_of(name)) if blocks > 1 else 0] += (x - x.mean(0)) @ (x - x.mean(0)).T
+    for b, (squares, vectors) in enumerate(map(torch.linalg.eigh, gram)):
+        kept = (squares > floor**2 * squares.max()) & (torch.arange(K) > 0)                   # the smallest is that of all alike, and only rounding
+        rows = (vectors[:, kept] * (squares.sum() / K / squares[kept]).sqrt()).T
+        rows = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()               # an eigenvector's sign is the library's whim
+        Q[b, :len(rows)] = (rows - rows.mean(1, keepdim=True)).flip(0)
+    return Q
 
 
-def coefficients_of(z, start):
-    """z [..., K - 1] and the origin start [K], of sum one -> c [..., K], of sum one."""
-    return start + z @ zero_sum_basis(len(start))
+def coefficients_of(z, start, Q):
+    """z [..., B, K - 1], the origin start [K], of sum one, and directions Q [B, K - 1, K] -> c [..., B, K], of sum one."""
+    return start + torch.einsum("...bi,bik->...bk", z, Q)
 
 
 def policy_step(mean, log_std, z, advantage, lr):
@@ -207,7 +220,8 @@ def search(args, task, blocks, fixed, log):
     G, n, M, shape, out = args.group_size, args.images, args.reference, (blocks, len(task.views) - 1), Path(args.out)
     zeros = lambda *size: torch.zeros(*size, dtype=torch.float64)
     names, pool_key = [*task.reward.weights], (POOL_STREAM, args.seed)
-    own = {"mean": zeros(shape), "log_std": zeros(shape) + math.log(args.std), "fixed": zeros(len(names), len(fixed)), "random": zeros(len(names), args.updates * G)}
+    own = {"mean": zeros(shape), "log_std": zeros(shape) + math.log(args.std), "fixed": zeros(len(names), len(fixed)), "random": zeros(len(names), args.updates * G),
+           "directions": zeros(*shape, shape[1] + 1)}
     everything = own | (task.pool.state() if task.pool else {})
     draw = lambda stream, update, size: seeded_noise((stream, args.seed, update), range(size), shape).double()
     newest, state = runtime.newest_checkpoint(out)
@@ -218,6 +232,7 @@ def search(args, task, blocks, fixed, log):
             task.pool.refresh(task.features_of(fixed["uniform average"], M, pool_key))
         terms = task.group(torch.stack(list(fixed.values()))[:, None], M, pool_key, task.pool, torch.arange(M))
         own["fixed"].copy_(torch.stack([terms[name] for name in names]))
+        own["directions"].copy_(directions(task.views, blocks))
     worth = dict(zip(fixed, task.advantage(dict(zip(names, own["fixed"]))).tolist()))
     start, first = fixed[max(worth, key=worth.get)], copy.deepcopy(task.pool)
     if task.pool:
@@ -228,14 +243,15 @@ def search(args, task, blocks, fixed, log):
         # ------------------------------------------------ the policy
         noise = draw(POLICY_STREAM, update, G // 2)
         z = own["mean"] + own["log_std"].exp() * torch.cat([noise, -noise])                   # mirrored pairs: [G, B, K - 1]
-        terms = task.group(coefficients_of(z, start), n, key, task.pool, members)
+        terms = task.group(coefficients_of(z, start, own["directions"]), n, key, task.pool, members)
         for name, value in zip(("mean", "log_std"), policy_step(own["mean"], own["log_std"], z, task.advantage(terms), args.lr)):
             own[name].copy_(value)
-        c = coefficients_of(own["mean"], start)
+        c = coefficients_of(own["mean"], start, own["directions"])
         if task.pool:                                                    # the mean's pictures, at the noise that the group had
             task.pool.replace(members, task.features_of(c, n, key))
         # ------------------------------------------------ its rival at equal cost: random vectors, one noise and one reference for all
-        tried = task.group(coefficients_of(args.std * draw(RANDOM_STREAM, update, G), start), n, (SEARCH_STREAM, args.seed, 0), first, members_of(0, n, M, len(task.prompts)))
+        tried = coefficients_of(args.std * draw(RANDOM_STREAM, update, G), start, own["directions"])
+        tried = task.group(tried, n, (SEARCH_STREAM, args.seed, 0), first, members_of(0, n, M, len(task.prompts)))
         own["random"][:, update * G:(update + 1) * G] = torch.stack([tried[name] for name in names])
         log.write({"update": update + 1} | {f"reward/{name}": value.mean().item() for name, value in terms.items()}
                   | ({"reference": task.pool.value()} if task.pool else {}) | {"coefficients": c.tolist(), "std": own["log_std"].exp().mean(1).tolist(),
@@ -246,8 +262,8 @@ def search(args, task, blocks, fixed, log):
     chosen = {f"best single checkpoint ({single})": fixed[single], "uniform average": fixed["uniform average"]}
     chosen |= {f"best post-hoc {best(lengths)}": fixed[best(lengths)]} if lengths else {}
     at = int(task.advantage(dict(zip(names, own["random"]))).argmax())
-    chosen["random search"] = coefficients_of(args.std * draw(RANDOM_STREAM, at // G, G)[at % G], start)
-    return coefficients_of(own["mean"], start), chosen
+    chosen["random search"] = coefficients_of(args.std * draw(RANDOM_STREAM, at // G, G)[at % G], start, own["directions"])
+    return coefficients_of(own["mean"], start, own["directions"]), chosen
 
 
 def report(args, task, base, judged, rows):
@@ -271,22 +287,6 @@ def report(args, task, base, judged, rows):
             lines = ["| merge | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|"]
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in scores.values()) + " |")
     return "\n".join(lines)
-
-
-def draw(out, names):
-    """out/coefficients.png: the policy's mean and std over the updates, a line for each checkpoint (the mean over blocks, if there are some)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
-    for k, (name, line) in enumerate(zip(names, np.mean([row["coefficients"] for row in rows], 1).T)):
-        axes[0].plot([row["update"] for row in rows], line, label=name, color=plt.get_cmap("turbo")((k + 0.5) / len(names)))
-    axes[1].plot([row["update"] for row in rows], [row["std"] for row in rows])
-    axes[0].set(xlabel="update", ylabel="mean of the policy: coefficient"), axes[1].set(xlabel="update", ylabel="its std, one line a block")
-    axes[0].legend(fontsize=6, ncol=2), figure.tight_layout()
-    runtime.write_atomic(Path(out) / "coefficients.png", lambda path: figure.savefig(path, dpi=100, format="png"))
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def rl(args, folder, views, prompts, judged):
     runtime.save_model(out / "model", model)
     if runtime.rank() == 0:
         runtime.write_atomic(out / "table.md", lambda path: path.write_text(table + "\n"))
-        draw(out, [Path(p).stem or p for p in args.checkpoints])
+        compare.draw_coefficients(out, [Path(p).stem or p for p in args.checkpoints])
         print(table, f"{out}: coefficients.png, table.md, and the merged model in model/", sep="\n")
 
 

@@ -33,7 +33,7 @@ METHODS = {
     "DRIFT (ii) and (iii), the default": {},
     "DRIFT, all three": {"select": "window"},
     "FID beside the reward": {"drift": "off", "fid": 0.3},
-    "both lines": {"prompt_noise": 0, "diversity": 0.4, "fid": 0.3},
+    "both lines": {"prompt_noise": 0, "fid": 0.3, "iterations": 100, "ema": 0.8},   # (iii) and the FID
 }
 DRAWN = ("plain GRPO", "KL 0.1", "GARDO", "DRIFT (i) subset", "DRIFT (iii) shaping", "DRIFT (ii) and (iii), the default", "FID beside the reward", "both lines")
 SECOND = {**dict.fromkeys(DRAWN), "spread, the opposite of (i)": None}   # the methods that are tried on a second reward

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from evidence import command_line, spread  # noqa: E402
 
-COMMON = {"precision": "bfloat16", "images": 210, "reference": 1050, "updates": 20}
+COMMON = {"precision": "bfloat16", "images": 210, "reference": 1050, "updates": 30}
 KINDS = {"one vector": {}, "a vector for each block": {"blocks": True}}
 
 

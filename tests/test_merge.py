@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
+import compare
 import dist_reward
 import eval as evaluation
 import merge
@@ -280,22 +281,49 @@ def test_a_new_picture_takes_the_place_of_one_with_its_prompt_and_all_have_their
     assert torch.cat(seen).bincount(minlength=M).unique().tolist() == [n]
 
 
-@pytest.mark.parametrize("K", [2, 3, 4, 7, 20])
-def test_the_basis_is_orthonormal_and_its_rows_sum_to_zero(K):
-    Q = merge.zero_sum_basis(K)
-    assert Q.shape == (K - 1, K) and Q.dtype == torch.float64
-    torch.testing.assert_close(Q @ Q.T, torch.eye(K - 1, dtype=torch.float64), rtol=0, atol=1e-13)
-    assert Q.sum(1).abs().max() < 1e-13
+def weights_of(seed, K, scale=(1.0, 0.1, 0.01)):
+    """K checkpoints of two blocks and a counter, that differ a hundred times more along some directions than along others."""
+    g = torch.Generator().manual_seed(seed)
+    latent = torch.randn(K, len(scale), generator=g).double() * torch.tensor(scale, dtype=torch.float64)
+    mixing = {"a.0.w": torch.randn(len(scale), 4, 5, generator=g).double(), "a.1.w": torch.randn(len(scale), 7, generator=g).double()}
+    return [{name: torch.einsum("r,r...->...", row, m) for name, m in mixing.items()} | {"a.0.n": torch.tensor(3)} for row in latent]
 
 
-@pytest.mark.parametrize("shape", [(3,), (5, 3), (4, 5, 1), (2, 19)])
-def test_coefficients_sum_to_one_and_every_such_point_is_reached(shape):
-    z = 10 * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    start = torch.cat([torch.full((shape[-1],), -0.25, dtype=torch.float64), torch.tensor([1 + shape[-1] / 4])])
-    c = merge.coefficients_of(z, start)
-    assert c.shape == (*shape[:-1], shape[-1] + 1) and (c.sum(-1) - 1).abs().max() < 1e-12
-    torch.testing.assert_close((c - start) @ merge.zero_sum_basis(c.shape[-1]).T, z, rtol=1e-12, atol=1e-12)
-    assert torch.equal(merge.coefficients_of(torch.zeros(shape, dtype=torch.float64), start), start.expand(*shape[:-1], -1))
+@pytest.mark.parametrize("K, blocks", [(2, 1), (3, 1), (4, 2), (6, 2)])
+def test_every_direction_moves_the_weights_equally_far_and_sums_to_zero(K, blocks):
+    views = weights_of(K, K)
+    Q = merge.directions(views, blocks, floor=1e-5)
+    rank = min(K - 1, 3)
+    assert Q.shape == (blocks, K - 1, K) and Q.dtype == torch.float64 and Q.sum(2).abs().max() < 1e-12
+    for b, names in enumerate([["a.0.w", "a.1.w"]] if blocks == 1 else [["a.0.w"], ["a.1.w"]]):
+        x = torch.stack([torch.cat([view[n].flatten() for n in names]) for view in views])
+        steps, rms = Q[b, :rank] @ x, (x - x.mean(0)).square().sum(1).mean().sqrt()
+        torch.testing.assert_close(steps @ steps.T, rms**2 * torch.eye(rank, dtype=torch.float64), rtol=1e-5, atol=1e-5 * rms.item()**2)
+        variance = (x - x.mean(0)) @ (steps / rms).T
+        assert (variance.square().sum(0).diff() < 0).all()               # the widest first
+
+
+def test_directions_in_which_checkpoints_hardly_differ_are_left_out():
+    views = weights_of(0, 6, (1.0, 0.1, 1e-4))
+    Q = merge.directions(views)[0]
+    assert Q[:2].norm(dim=1).min() > 0 and Q[2:].abs().max() == 0
+    same = [views[0], views[0]]
+    assert merge.directions(same).abs().max() == 0                       # equal checkpoints: nowhere to go, and no division by zero
+    twins = merge.directions([views[0], views[1], views[1]])[0]          # a checkpoint given twice adds no direction
+    assert twins[0].norm() > 0 and twins[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("size, B, K", [((), 1, 4), ((5,), 1, 4), ((4,), 5, 2), ((), 2, 6)])
+def test_coefficients_sum_to_one_and_zero_is_the_start(size, B, K):
+    g = torch.Generator().manual_seed(0)
+    z, Q = 10 * torch.randn(*size, B, K - 1, generator=g, dtype=torch.float64), torch.randn(B, K - 1, K, generator=g, dtype=torch.float64)
+    Q, start = Q - Q.mean(2, keepdim=True), torch.cat([torch.full((K - 1,), -0.25, dtype=torch.float64), torch.tensor([1 + (K - 1) / 4])])
+    c = merge.coefficients_of(z, start, Q)
+    assert c.shape == (*size, B, K) and (c.sum(-1) - 1).abs().max() < 1e-12
+    one = z.reshape(-1, B, K - 1)[-1]
+    by_hand = torch.stack([start + sum(one[b, i] * Q[b, i] for i in range(K - 1)) for b in range(B)])
+    torch.testing.assert_close(c.reshape(-1, B, K)[-1], by_hand)
+    assert torch.equal(merge.coefficients_of(torch.zeros_like(z), start, Q), start.expand(*size, B, -1))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3)])
@@ -317,12 +345,13 @@ def test_the_policy_finds_an_optimum_with_negative_coefficients(optimum):
     optimum, g = torch.tensor(optimum, dtype=torch.float64), torch.Generator().manual_seed(0)
     mean, log_std = torch.zeros(len(optimum), 3, dtype=torch.float64), torch.full((len(optimum), 3), math.log(0.3), dtype=torch.float64)
     task, start = SimpleNamespace(reward=SimpleNamespace(weights={"class": 1.0})), torch.full((4,), 0.25, dtype=torch.float64)
+    Q = merge.directions([{"a.0.w": row, "a.1.w": row} for row in torch.eye(4, dtype=torch.float64)], len(optimum))
     for _ in range(300):
         noise = torch.randn(4, *mean.shape, generator=g, dtype=torch.float64)
         z = mean + log_std.exp() * torch.cat([noise, -noise])
-        reward = -(merge.coefficients_of(z, start) - optimum).square().sum((1, 2))
+        reward = -(merge.coefficients_of(z, start, Q) - optimum).square().sum((1, 2))
         mean, log_std = merge.policy_step(mean, log_std, z, merge.Search.advantage(task, {"class": reward}), 1.0)
-    assert (merge.coefficients_of(mean, start) - optimum).abs().max() < 0.03 and (log_std.exp() < 0.1).all()
+    assert (merge.coefficients_of(mean, start, Q) - optimum).abs().max() < 0.03 and (log_std.exp() < 0.1).all()
 
 
 def test_the_rivals_are_every_checkpoint_alone_the_mean_and_every_length():
@@ -647,13 +676,14 @@ def test_the_search_pays_the_fall_of_the_distance_by_brute_force(four, tiny, tmp
     torch.testing.assert_close(second[3], moved, rtol=1e-4, atol=1e-4)
     assert first[2] != second[2] and random[2] == other_random[2] and len({*first[4].tolist(), *second[4].tolist()}) == 60
     assert not torch.equal(random[0], other_random[0]) and fixed[1] == 60 and len(fixed[0]) == 4 + 1 + 2
+    Q = merge.directions(weights.open_checkpoints(four)[1])
     for (mean, log_std, z, advantage, lr), (candidates, *_, terms) in zip(steps, (first, second)):
-        torch.testing.assert_close(merge.coefficients_of(z, start), candidates)
+        torch.testing.assert_close(merge.coefficients_of(z, start, Q), candidates)
         torch.testing.assert_close(z[:2] + z[2:], 2 * mean.expand(2, 1, 3))                   # mirrored pairs
         standard = lambda x: (x - x.mean()) / x.std()
         torch.testing.assert_close(advantage, standard(terms["fid"]) + 0.5 * standard(terms["class"]), rtol=1e-6, atol=1e-6)
         assert lr == 0.5
-    assert steps[0][0].abs().max() == 0 and steps[0][1].exp().unique().tolist() == [pytest.approx(0.05)]
+    assert steps[0][0].abs().max() == 0 and steps[0][1].exp().unique().tolist() == [pytest.approx(0.1)]
 
 
 def test_the_best_of_the_rivals_is_shown(four, tmp_path, monkeypatch):
@@ -672,7 +702,7 @@ def test_the_best_of_the_rivals_is_shown(four, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("owner, name, number", [(merge, "policy_step", 1), (merge, "policy_step", 3), (runtime, "save_checkpoint", 1),
-                                                 (runtime, "save_checkpoint", 3), (merge, "report", 1), (merge, "draw", 1)])
+                                                 (runtime, "save_checkpoint", 3), (merge, "report", 1), (compare, "draw_coefficients", 1)])
 def test_a_search_that_is_cut_off_goes_on_to_the_same_bits(rl, four, tmp_path, owner, name, number):
     out, right = tmp_path / "out", rl("--reward", "fid:1,class:0.5")
     argv = ["rl", *four, *RL, "--reward", "fid:1,class:0.5", "--out", str(out)]
@@ -700,7 +730,7 @@ def test_search_and_report_have_their_own_halves(rl, tiny, tmp_path):
     assert read_metrics(a) != read_metrics(c) and table(a)["base model"] == table(c)["base model"]
 
 
-@pytest.mark.parametrize("flags", ["--seed 1", "--std 0.1", "--lr 0.3", "--group_size 6", "--images 60", "--reference 90", "--steps 3", "--guidance 2",
+@pytest.mark.parametrize("flags", ["--seed 1", "--std 0.2", "--lr 0.3", "--group_size 6", "--images 60", "--reference 90", "--steps 3", "--guidance 2",
                                    "--precision bfloat16", "--features evaluator"])
 def test_every_flag_of_the_search_does_something(rl, flags):
     assert coefficients(rl("--reward", "fid:1", *flags.split())) != coefficients(rl("--reward", "fid:1"))
