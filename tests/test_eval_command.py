@@ -506,6 +506,23 @@ def test_a_pair_is_resampled_alike(sets, tmp_path):
         assert 0 < width(difference[name]) < 0.6 * width(a[name]), name
 
 
+@pytest.mark.slow
+def test_a_policy_that_was_made_to_collapse_is_flagged(tmp_path, monkeypatch, capsys):
+    """Every reward comes from one mode, the black picture: what the run draws counts as one picture, and both commands say so."""
+    (tmp_path / "one_mode.py").write_text("def black(images, prompts, metadata):\n    return -images.mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    out, base = tmp_path / "gone", ROOT / "assets" / "tiny"
+    launch(["--reward", "one_mode:black", "--drift", "off", "--std", "none", "--lr", "1e-3", "--iterations", "20", "--eval_every", "20", "--eval_images", "320",
+            "--precision", "bfloat16", "--snapshot_every", "0", "--device", "cpu", "--out", str(out)])
+    capsys.readouterr()
+    command("compare", out, "--out", tmp_path / "gone.png")
+    assert "| gone COLLAPSED |" in capsys.readouterr().out
+    command("score", base, out / "model", "--n", 320, "--resamples", 20, "--device", "cpu", "--out", tmp_path / "s.json")
+    flagged = [line for line in capsys.readouterr().out.splitlines() if line.startswith("COLLAPSED: ")]
+    before, after, _ = numbers(tmp_path / "s.json").values()
+    assert len(flagged) == 1 and "B: " in flagged[0] and after["vendi"]["value"] < 1.2 < 8 < before["vendi"]["value"]
+
+
 def test_copies_are_flagged(tiny, sets, tmp_path, capsys):
     pixels = pixels_of(sets / "set.npz")
     copies = pixels.reshape(10, 8, 28, 28, 3)[:, :1].repeat(8, 1).reshape(80, 28, 28, 3)
