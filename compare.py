@@ -95,7 +95,11 @@ def few_a_prompt(config):
 # Pure functions of curves, {metric: [evaluations]}.
 
 def front(x, y, levels):
-    """The largest y that the curve (x, y) shows where x is at least each level; NaN where x never gets there."""
+    """The largest y that the curve (x, y) shows where x is at least each level; NaN where x never gets there.
+
+    >>> front([0, 1, 2], [10, 8, 3], [0.5, 1, 2]).tolist()
+    [9.0, 8.0, 3.0]
+    """
     t = np.linspace(0, len(x) - 1, 50 * (len(x) - 1) + 1)               # holds the evaluations themselves
     fine_x, fine_y = np.interp(t, np.arange(len(x)), x), np.interp(t, np.arange(len(x)), y)
     return np.array([fine_y[fine_x >= level].max() if (fine_x >= level).any() else np.nan for level in levels])
@@ -129,7 +133,11 @@ def gain_at_equal_diversity(method, plain, diversity="eval/vendi"):
 
 
 def hypervolume(x, y, corner):
-    """Area of the union of the rectangles from `corner` (x, y) up to each point; a point that does not exceed the corner in both adds none."""
+    """Area of the union of the rectangles from `corner` (x, y) up to each point; a point that does not exceed the corner in both adds none.
+
+    >>> hypervolume([1, 2], [10, 5], (0, 0))
+    15.0
+    """
     area, height = 0.0, float(corner[1])
     for a, b in sorted(((float(a), float(b)) for a, b in zip(x, y) if a > corner[0]), reverse=True):
         area, height = area + (a - corner[0]) * max(0.0, b - height), max(height, b)

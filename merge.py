@@ -81,6 +81,9 @@ def merge(state_dicts, coefficients):
     checkpoint of coefficient 0 is not even read, so that a one-hot merge is that checkpoint bit for bit. What is no floating-point number
     (a counter) is taken from the checkpoint with the largest coefficient. Mappings may read lazily: one tensor of each is held at a time.
     Raises ValueError naming the first entry that differs, or if a row does not sum to one.
+
+    >>> merge([{"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([3.0, 5.0])}], [1.5, -0.5])    # beyond the first, away from the second
+    {'w': tensor([0., 5.])}
     """
     first, c = state_dicts[0], torch.as_tensor(coefficients, dtype=torch.float64)
     blocks = sorted({block_of(name) for name in first})

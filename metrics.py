@@ -38,7 +38,11 @@ def effective_number(kernel):
 
 
 def vendi_score(features, scale):
-    """features [n, D] -> the effective number of different pictures, 1 to n, with the RBF kernel of width `scale`."""
+    """features [n, D] -> the effective number of different pictures, 1 to n, with the RBF kernel of width `scale`.
+
+    >>> round(vendi_score(torch.zeros(5, 3), 1.0), 6), round(vendi_score(100 * torch.eye(5), 1.0), 6)          # five copies; five strangers
+    (1.0, 5.0)
+    """
     return effective_number(vendi_kernel(features, scale) / len(features))
 
 

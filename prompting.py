@@ -63,6 +63,9 @@ def draw_prompts(total, count, seed, step):
 
     The list is walked in shuffled passes, each prompt once a pass. A group is its slot in this array, never its text: a prompt
     drawn twice makes two groups.
+
+    >>> draw_prompts(4, 3, seed=0, step=0), draw_prompts(4, 3, seed=0, step=1)
+    (array([2, 0, 1]), array([3, 3, 0]))
     """
     places = np.arange(step * count, (step + 1) * count)
     order = {p: np.random.default_rng([seed, p]).permutation(total) for p in np.unique(places // total)}
@@ -74,6 +77,11 @@ def annealed_noise(embedding, noise, u, scale, tau1, tau2, psi=1.0):
 
     Mean and std are each sample's own (over the whole batch they would couple the rollouts). Where u <= tau1 the embedding comes
     back bit for bit; where u >= tau2 it is all noise, so tau2 > 1 keeps part of the prompt at every step.
+
+    >>> embedding, noise = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    >>> alike = lambda u: torch.cosine_similarity(annealed_noise(embedding, noise, u, 1.0, 0.2, 0.8).flatten(), embedding.flatten(), dim=0)
+    >>> [round(abs(alike(u).item()), 1) for u in (0.9, 0.7, 0.5, 0.3, 0.1)]      # all noise at first, the clean prompt at the end
+    [0.0, 0.4, 0.7, 0.9, 1.0]
     """
     dims = tuple(range(1, embedding.dim()))
     column = lambda v: v.reshape(-1, *[1] * len(dims)).to(embedding.dtype)

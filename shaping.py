@@ -16,6 +16,12 @@ def group_diversity(features, metric="euclidean", nearest=0):
 
     metric "euclidean" or "cosine" (1 - cos: contrast alone cannot raise it); the mean over the group's other members, or over the
     `nearest` ones if that is not 0 (a group of two far clusters then counts as little diverse).
+
+    >>> two_and_one = torch.tensor([[[0.0], [0.1], [3.0]]])                  # a group of three: two alike, one apart
+    >>> group_diversity(two_and_one)
+    tensor([[1.5500, 1.5000, 2.9500]])
+    >>> group_diversity(two_and_one, nearest=1)
+    tensor([[0.1000, 0.1000, 2.9000]])
     """
     x = features.flatten(2).float()
     if metric == "cosine":
@@ -35,6 +41,12 @@ def shaped_returns(reward, potential, gamma=1.0, weight=1.0, terminal="keep"):
 
     G_t = gamma^(T-1-t) reward + weight sum_{k >= t} gamma^(k-t) F_k,  F_k = gamma Phi_{k+1} - Phi_k
     terminal "zero": Phi_T := 0 (the optimal policy does not change); "keep": as given (a terminal bonus gamma^T Phi_T remains).
+
+    >>> potential = torch.tensor([0.2, 0.5, 0.9]).reshape(3, 1, 1)          # of one rollout of two steps; it telescopes to Phi_T - Phi_t
+    >>> shaped_returns(torch.zeros(1, 1), potential).flatten()
+    tensor([0.7000, 0.4000])
+    >>> shaped_returns(torch.zeros(1, 1), potential, terminal="zero").flatten()                  # -Phi_t: known before the step, so no preference
+    tensor([-0.2000, -0.5000])
     """
     if terminal not in ("keep", "zero"):
         raise ValueError(f"terminal {terminal!r} is none of keep, zero")

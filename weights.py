@@ -198,6 +198,9 @@ def ema_coefficients(times, sigma_rels, sigma_rel, time=None):
     """The coefficients [K] that make averages of K (time, sigma_rel) the nearest to one of `sigma_rel` at `time` (default: the last).
 
     Least squares between profiles, then divided by their sum (EDM2 eq. 26 ff.). Many come out negative: an affine space, not a simplex.
+
+    >>> ema_coefficients([10, 10, 20, 20], [0.05, 0.1, 0.05, 0.1], 0.08).round(2) + 0.0           # between the two of the last snapshot
+    array([0.  , 0.  , 0.26, 0.74])
     """
     t, gamma = np.asarray(times, float), np.array([gamma_of(s) for s in sigma_rels])
     a = profile_product(t[:, None], gamma[:, None], t[None], gamma[None])

@@ -1,5 +1,7 @@
 """The house rules that a reader relies on: who may import whom, how long things are, and that no file is read that can run code."""
 import ast
+import doctest
+import importlib
 import re
 
 import pytest
@@ -83,3 +85,12 @@ def test_files_and_functions_are_short(path):
 def test_no_test_is_hidden_by_another_of_its_name(path):
     names = [node.name for node in tree(path).body if isinstance(node, ast.FunctionDef)]
     assert sorted(names) == sorted(set(names))
+
+
+EXAMPLES = ["prompting", "shaping", "dist_reward", "metrics", "compare", "weights", "merge"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_in_the_docstrings_are_true(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted > 0 and found.failed == 0
