@@ -24,6 +24,7 @@ from weights import open_checkpoints, sweep
 LIMITS = {                                                               # the smallest and largest value of each number
     **dict.fromkeys(("iterations", "prompts_per_step", "steps", "updates", "passes", "eval_every", "eval_images", "eval_steps",
                      "save_every", "keep_checkpoints", "keep_snapshots", "batch", "timeout", "decode_batch"), (1, math.inf)),
+    **dict.fromkeys(("train_batch", "reward_batch"), (0, math.inf)),
     **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "snapshot_every", "lora", "guidance", "tau1", "tau2", "prompt_noise",
                      "diversity", "kl"), (0, math.inf)),
     **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "ema": (0, 0.9999),

@@ -27,8 +27,9 @@ import models
 import runtime
 from checks import check_merge, numbers
 from features import check_target, load_target, open_pool
-from rewards import DISTRIBUTION, Reward, group_advantage
+from rewards import DISTRIBUTION, Reward
 from sampling import seeded_noise
+from shaping import group_advantage
 from weights import Over, Weights, block_of, open_checkpoints, put, sweep
 
 SEARCH_STREAM, POOL_STREAM, POLICY_STREAM, RANDOM_STREAM = 4, 5, 6, 7    # 0 to 3 are the training's and the evaluation's

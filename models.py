@@ -32,11 +32,11 @@ __all__ = ["check", "network_files", "load"]                             # what 
 T5_TOKENS = 256                                                          # of a prompt, as in the stock pipeline
 
 
-def load(name, device="cpu", precision="float32", checkpointing=False, decode_batch=8):
+def load(name, device="cpu", precision="float32", checkpointing=False, decode_batch=8, compile=False):
     """Loads a model for training: weights in float32, forwards under bfloat16 autocast if precision says so.
 
     checkpointing: recompute in the backward instead of keeping activations; decode_batch: pictures that the VAE decodes at once. Both
-    are for memory only. Raises ValueError, in one line, as `check` does, or if the weights turn out not to be those of their config.
+    are for memory only. compile: by torch.compile, in place, so that no name of a weight changes. Raises ValueError, in one line, as `check` does, or if the weights turn out not to be those of their config.
     """
     check(name)
     kind, folder, file = locate(name)
@@ -47,6 +47,8 @@ def load(name, device="cpu", precision="float32", checkpointing=False, decode_ba
             block.forward = functools.partial(_recomputed, block.forward)    # a bound method in a partial: deepcopy binds it to the copy
     elif checkpointing:
         model.network.enable_gradient_checkpointing()
+    if compile:
+        model.network.compile()
     return model
 
 

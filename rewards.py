@@ -274,11 +274,11 @@ def check_labels(prompts, where):
 class Reward:
     """The named rewards: `weights` {key: weight} of all, `distribution` the distribution-wise one or None; a call gives the others.
 
-    Raises ValueError where a term's network or file is missing. CLIPs see `batch` pictures at a time; one that two terms name is loaded once.
+    Raises ValueError where a term's network or file is missing. A reward sees `batch` pictures at a time; a CLIP that two terms name is loaded once.
     """
 
     def __init__(self, spec, folder, device="cpu", batch=16):
-        self.weights, self.folder, self.device = parse(spec), Path(folder), device
+        self.weights, self.folder, self.device, self.batch = parse(spec), Path(folder), device, batch
         self.distribution = next((name for name in self.weights if name in DISTRIBUTION), None)
         clip = functools.cache(lambda name: Clip(name, device, batch))
         self.terms = {key: self.open(term, clip) for key, term in parse_terms(spec).items() if key != self.distribution}
@@ -316,8 +316,13 @@ class Reward:
         """
         if not len(images) == len(prompts) == len(metadata):
             raise ValueError(f"{len(images)} pictures, {len(prompts)} prompts and {len(metadata)} metadata; as many of each are needed")
-        judged = functools.cache(lambda: (self.classifier(images), torch.tensor([m["label"] for m in metadata], device=images.device)))
-        found = {}
+        parts = [slice(at, at + self.batch) for at in range(0, len(images), self.batch)] or [slice(0)]
+        found = [self.score(images[part], prompts[part], metadata[part]) for part in parts]
+        return {key: torch.cat([scores[key] for scores in found]) for key in self.terms}
+
+    def score(self, images, prompts, metadata):
+        """The same of a few pictures, all at once."""
+        judged, found = functools.cache(lambda: (self.classifier(images), torch.tensor([m["label"] for m in metadata], device=images.device))), {}
         for key, term in self.terms.items():
             try:
                 found[key] = torch.as_tensor(term(images, prompts, metadata, judged), dtype=torch.float32, device=images.device)
@@ -328,23 +333,3 @@ class Reward:
             if not found[key].isfinite().all():
                 raise FloatingPointError(f"the reward {key} returned a non-finite number")
         return found
-
-    def features(self, images):
-        """The space in which `--diversity_features reward` measures distances -> [B, 64]. Raises ValueError without a reward/ folder."""
-        return self.classifier.features(images)
-
-
-def group_advantage(values, index, std="group", floor=1e-3, limit=5.0):
-    """Centres values [..., P, N] by group and divides them by a std, over the kept rollouts index [P, K] -> float64 [..., P, K].
-
-    std: "group" the kept group's, "batch" that of all the kept together, "none" 1. A std below `floor` counts as `floor`, so a group of
-    equals gets 0 and rounding is never blown up; the result is limited to +-`limit`.
-    """
-    values, index = values.double(), index.to(values.device)
-    kept = values.gather(-1, index.expand(*values.shape[:-1], index.shape[-1]))
-    centred = kept - kept.mean(-1, keepdim=True)
-    if std == "group":
-        centred = centred / kept.std(-1, keepdim=True).clamp(min=floor)
-    elif std == "batch":
-        centred = centred / centred.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=floor)
-    return centred.clamp(-limit, limit)

@@ -153,13 +153,19 @@ class Trajectory:
     log_probs: torch.Tensor                                              # [W, B] nats, of the stochastic steps
     condition: Callable                                                  # (rows, u) -> the prompt that these rows saw
 
+    def at(self, k, rows):
+        """x before the steps k [n] of the rollouts rows [n] -> [n, ...], on the device of `rows`, wherever the latents wait."""
+        place = self.latents.device
+        return self.latents[k.to(place), rows.to(place)].to(rows.device)
+
 
 @torch.no_grad()
-def rollout(model, policy, condition, x_T, noise, null=None, batch=256):
+def rollout(model, policy, condition, x_T, noise, null=None, batch=256, keep=None):
     """Rolls the policy out from x_T [B, ...] with the step noise z = noise[:, w] of its w-th stochastic step -> Trajectory.
 
     condition(rows, u) gives the prompt of the rollouts `rows` (a tuple of embeddings [len(rows), ...]) when the fraction u [len(rows)]
-    of the steps is still to go: the place where prompt noise enters. noise is [B, W, ...]; `batch` rollouts go through one forward.
+    of the steps is still to go: the place where prompt noise enters. noise is [B, W, ...]; `batch` rollouts go through one forward. The
+    latents wait for the update on the device `keep` (None: where they were made).
     """
     parts = []
     for rows in torch.arange(len(x_T), device=x_T.device).split(batch):
@@ -172,7 +178,7 @@ def rollout(model, policy, condition, x_T, noise, null=None, batch=256):
                 x = mean + std * noise[rows, k - policy.window.start]
                 log_probs.append(log_prob(x, mean, std))
             latents.append(x), x0_hats.append(x0_hat)
-        parts.append([torch.stack(list_) if list_ else x_T.new_empty(0, len(rows)) for list_ in (latents, x0_hats, log_probs)])
+        parts.append([torch.stack(latents).to(keep), torch.stack(x0_hats).to(keep), torch.stack(log_probs) if log_probs else x_T.new_empty(0, len(rows))])
     return Trajectory(*(torch.cat(columns, 1) for columns in zip(*parts)), condition)
 
 

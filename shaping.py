@@ -60,6 +60,22 @@ def shaped_returns(reward, potential, gamma=1.0, weight=1.0, terminal="keep"):
     return torch.stack(returns[::-1])
 
 
+def group_advantage(values, index, std="group", floor=1e-3, limit=5.0):
+    """Centres values [..., P, N] by group and divides them by a std, over the kept rollouts index [P, K] -> float64 [..., P, K].
+
+    std: "group" the kept group's, "batch" that of all the kept together, "none" 1. A std below `floor` counts as `floor`, so a group of
+    equals gets 0 and rounding is never blown up; the result is limited to +-`limit`.
+    """
+    values, index = values.double(), index.to(values.device)
+    kept = values.gather(-1, index.expand(*values.shape[:-1], index.shape[-1]))
+    centred = kept - kept.mean(-1, keepdim=True)
+    if std == "group":
+        centred = centred / kept.std(-1, keepdim=True).clamp(min=floor)
+    elif std == "batch":
+        centred = centred / centred.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=floor)
+    return centred.clamp(-limit, limit)
+
+
 def gardo(advantage, closest, index):
     """GARDO (arXiv 2512.24138): positive advantages [P, K] of the rollouts index [P, K] times d / mean d, d [P, N] the distance to the nearest."""
     relative = closest / closest.mean(1, keepdim=True).clamp(min=1e-8)

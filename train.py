@@ -31,9 +31,9 @@ from checks import check, plan
 from lora import add_lora, export, lora_off
 from features import load_features, open_pool
 from prompting import draw_prompts, noised_prompt
-from rewards import Reward, group_advantage
+from rewards import Reward
 from sampling import Policy, concentrated_subset, log_prob, rollout, seeded_noise
-from shaping import gardo, group_diversity, shaped_returns
+from shaping import gardo, group_advantage, group_diversity, shaped_returns
 from weights import EMA_LENGTHS, power_decay, save_snapshots
 
 ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3                 # 2 is the evaluation's: no two draws share their noise
@@ -105,9 +105,13 @@ class Args:
     keep_checkpoints: int = 2                       # how many of the newest stay
     snapshot_every: int = 10                        # iterations between snapshots of the trained weights and two averages, for merge.py; 0: none
     keep_snapshots: int = 6                         # how many of the newest stay
-    checkpointing: bool = False                     # recompute activations in the backward instead of keeping them: memory only
-    decode_batch: int = 8                           # pictures that a VAE decodes at once: memory only
-    batch: int = 160                                # pictures, or (picture, step) pairs, in one forward of a process: memory only
+    batch: int = 160                                # rollouts in one forward of a process: memory only, and so are the next five
+    train_batch: int = 0                            # (rollout, step) pairs in one forward and backward; 0: as --batch
+    decode_batch: int = 8                           # pictures that a VAE decodes at once
+    reward_batch: int = 0                           # pictures that rewards and features look at, at once; 0: as --batch
+    checkpointing: bool = False                     # recompute activations in the backward instead of keeping them
+    offload: bool = False                           # keep the rollouts in the memory of the CPU until the update asks for them
+    compile: bool = False                           # torch.compile the network; the first ratio is then 1 to rounding, not exactly
     precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' forwards; step and log-probs are float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
     timeout: int = 30                               # minutes that a process waits for the others
@@ -149,26 +153,7 @@ def explore(args, model, policy, table, null, who, samples, key):
     prompt = tuple(y[torch.as_tensor(who, device=y.device)] for y in table)
     prompt_noise = tuple(seeded_noise((*key, 1 + n), samples, y.shape[1:]).to(y) for n, y in enumerate(prompt))
     condition = noised_prompt(prompt, prompt_noise, args.prompt_noise, args.tau1, args.tau2, args.psi)
-    return rollout(model, policy, condition, noise[:, 0] * model.initial_std, noise[:, 1:], null, args.batch)
-
-
-def open_model(args, prompts, judged, device):
-    """The base, and the embeddings of the prompts and of the empty one; a real base's text encoders are then dropped."""
-    try:
-        model = models.load(args.model, device, args.precision, args.checkpointing, args.decode_batch)
-        model.forget_text_encoders([p.text for p in prompts + judged] + [""])
-        return model, model.encode([p.text for p in prompts]), model.encode([""])
-    except ValueError as error:                                          # weights that are not their config's, a prompt that is no class
-        runtime.refuse(error)
-
-
-def open_distribution(args, model, kind):
-    """What the reward fid or kid needs: an empty reference of M members, the feature network, the moments of the real pictures."""
-    blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
-    try:
-        return open_pool(kind, args.features, args.target, model.folder, args.reference, blank)
-    except ValueError as error:                                          # how many features a function has is known only now
-        runtime.refuse(error)
+    return rollout(model, policy, condition, noise[:, 0] * model.initial_std, noise[:, 1:], null, args.batch, "cpu" if args.offload else None)
 
 
 @torch.inference_mode()
@@ -179,7 +164,7 @@ def fresh_reference(args, model, policy, table, null, measure, step):
     for at in range(mine.start, mine.stop, args.batch):
         samples = range(at, min(at + args.batch, mine.stop))
         trajectory = explore(args, model, policy, table, null, who[samples.start:samples.stop], samples, (REFERENCE_STREAM, args.seed, step))
-        found.append(measure(model.decode(trajectory.latents[-1])))
+        found.append(measure(model.decode(trajectory.latents[-1].to(model.device))))
     return runtime.gather(torch.cat(found), args.reference)
 
 
@@ -187,19 +172,20 @@ def sample_groups(args, model, policy, table, null, reward, measure, look, promp
     """SAMPLE: rolls out this process's share -> its trajectory; and of all rollouts: reward terms, features of the pictures (or None),
     potentials, nearest distances."""
     P, N, W = args.prompts_per_step, args.group_size, len(policy.window)
+    in_parts = lambda f, x: torch.cat([f(part.to(model.device)) for part in x.split(args.reward_batch or args.batch)])
     samples = runtime.share(P * N)
     who = draw_prompts(len(prompts), P, args.seed, step)[np.array(samples) // N]              # the prompt of each rollout
     trajectory = explore(args, model, policy, table, null, who, samples, (ROLLOUT_STREAM, args.seed, step))
     with torch.inference_mode():
-        images = model.decode(trajectory.latents[-1])                                         # [B, 3, H, W]
+        images = model.decode(trajectory.latents[-1].to(model.device))                        # [B, 3, H, W]
         try:
             terms = reward(images, [prompts[w].text for w in who], [prompts[w].metadata for w in who])
-            found = runtime.gather(measure(images), P * N).reshape(P, N, -1) if measure else None
+            found = runtime.gather(in_parts(measure, images), P * N).reshape(P, N, -1) if measure else None
         except FloatingPointError as error:
             raise FloatingPointError(f"iteration {step + 1}: {error}; stopped before the update") from None
         terms = {name: runtime.gather(value, P * N).reshape(P, N) for name, value in terms.items()}
         states = [*trajectory.x0_hats[policy.window.start:policy.window.stop], trajectory.latents[-1]]        # W + 1 of [B, ...]
-        see = (lambda x: torch.cat([look(model.decode(part)) for part in x.split(args.batch)])) if look else (lambda x: x.flatten(1))
+        see = lambda x: in_parts(lambda part: look(model.decode(part)) if look else part.flatten(1), x)
         features = runtime.gather(torch.stack([see(x) for x in states], 1), P * N).transpose(0, 1).reshape(W + 1, P, N, -1)
         potential = torch.stack([group_diversity(f, args.metric, args.nearest) for f in features])            # [W + 1, P, N]
         closest = group_diversity(features[-1], "cosine", nearest=1)                          # [P, N]
@@ -217,16 +203,16 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
         optimizer.zero_grad()
         tally = torch.zeros(4, dtype=torch.float64, device=model.device)
         mine = chunk[(kept[chunk % len(kept)] >= samples.start) & (kept[chunk % len(kept)] < samples.stop)]
-        for pairs in mine.split(args.batch) if len(mine) else ():
+        for pairs in mine.split(args.train_batch or args.batch) if len(mine) else ():
             w, j = pairs // len(kept), pairs % len(kept)
             k, row = w + policy.window.start, kept[j] - samples.start                         # step of the schedule, rollout of ours
-            prompt = trajectory.condition(row, policy.fraction(k))
-            mean, std, _ = policy.step(model, trajectory.latents[k, row], k, prompt, null)
-            ratio = torch.exp((log_prob(trajectory.latents[k + 1, row], mean, std) - trajectory.log_probs[w, row]) / D)
+            x_t, x_s, prompt = trajectory.at(k, row), trajectory.at(k + 1, row), trajectory.condition(row, policy.fraction(k))
+            mean, std, _ = policy.step(model, x_t, k, prompt, null)
+            ratio = torch.exp((log_prob(x_s, mean, std) - trajectory.log_probs[w, row]) / D)
             loss, kl = clipped_loss(ratio, advantage[w, j], args.clip / D), torch.zeros_like(ratio)
             if args.kl:
                 with torch.no_grad(), nullcontext() if reference else lora_off(model.network):
-                    reference_mean, _, _ = policy.step(reference or model, trajectory.latents[k, row], k, prompt, null)
+                    reference_mean, _, _ = policy.step(reference or model, x_t, k, prompt, null)
                 kl = gaussian_kl(mean, reference_mean, std)
             ((loss + args.kl * kl / D).sum() / len(chunk)).backward()    # nats over D, both of them
             error = (ratio.detach() - 1).abs()
@@ -235,7 +221,7 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
         runtime.sum_gradients(trained)
         totals, norm = totals + runtime.all_sum(tally), torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).item()
         ratio_error = runtime.all_max(ratio_error, model.device) if n == 0 else ratio_error
-        runtime.check_update(step, totals.sum().item(), norm, ratio_error, 1e-6 if args.precision == "float32" else 1e-4)
+        runtime.check_update(step, totals.sum().item(), norm, ratio_error, 1e-6 if args.precision == "float32" and not args.compile else 1e-4)
         optimizer.step()
     loss, kl, clipped, count = totals.tolist()
     return {"loss": loss / count, "kl": kl / count, "clip_fraction": clipped / count, "grad_norm": norm, "ratio_error": ratio_error}
@@ -247,16 +233,21 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
 def train(args, prompts, judged, interrupt):
     """The algorithm, and around it evaluation, log and checkpoints. Returns early, after a checkpoint, when it is asked to stop."""
     device, out = runtime.start(args.device, args.timeout), Path(args.out)
-    model, table, null = open_model(args, prompts, judged, device)
-    reward = Reward(args.reward, model.folder, device)
+    with runtime.refusing():                                             # weights that are not their config's, a prompt that is no class
+        model = models.load(args.model, device, args.precision, args.checkpointing, args.decode_batch, args.compile)
+        model.forget_text_encoders([p.text for p in prompts + judged] + [""])
+        table, null = model.encode([p.text for p in prompts]), model.encode([""])
+        reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
+        look = None if args.diversity_features == "latents" else load_features(args.diversity_features, model.folder, device)
+        blank, pool, measure, target = model.decode(torch.zeros(1, *model.shape, device=device)), None, None, None
+        if reward.distribution:
+            pool, measure, target = open_pool(reward.distribution, args.features, args.target, model.folder, args.reference, blank)
     policy = Policy(model.path, model.path.times(args.steps), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
     reference = model.frozen() if args.kl and not args.lora else None
     weights = add_lora(model.network, args.lora, args.lora, seed=args.seed) if args.lora else {
         n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
     averages = {key: {n: p.detach().clone() for n, p in weights.items()} for key in ("ema",) * (args.ema > 0) + EMA_LENGTHS * (args.snapshot_every > 0)}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    look = None if args.diversity_features == "latents" else load_features(args.diversity_features, model.folder, device)
-    pool, measure, target = open_distribution(args, model, reward.distribution) if reward.distribution else (None, None, None)
     everything = weights | {f"average.{key}.{n}": v for key, tensors in averages.items() for n, v in tensors.items()} | (pool.state() if pool else {})
     newest, state = runtime.newest_checkpoint(out)
     if newest:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from rewards import group_advantage
+from shaping import group_advantage
 from sampling import concentrated_subset
 from shaping import group_diversity, shaped_returns
 from train import Args, clipped_loss, gaussian_kl

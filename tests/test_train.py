@@ -270,9 +270,17 @@ FLAGS = [
     ("eval_prompts", "{tiny}/eval_prompts.jsonl", "{one}", "judgement", ""), ("eval_every", 1, 2, "judgement", ""),
     ("eval_images", 20, 40, "judgement", ""), ("eval_steps", 2, 3, "judgement", ""), ("eval_seed", 0, 1, "judgement", ""),
     ("save_every", 1, 2, "output", ""), ("keep_checkpoints", 2, 1, "output", ""), ("snapshot_every", 0, 1, "output", ""),
-    ("keep_snapshots", 2, 1, "output", "--snapshot_every 1"), ("checkpointing", False, True, "memory", ""), ("decode_batch", 8, 3, "memory", ""), ("batch", 160, 5, "rounding", ""),
+    ("keep_snapshots", 2, 1, "output", "--snapshot_every 1"), ("batch", 160, 5, "rounding", ""),
+    ("train_batch", 0, 4, "memory", ""), ("decode_batch", 8, 3, "memory", ""), ("reward_batch", 0, 3, "memory", ""), ("checkpointing", False, True, "memory", ""),
+    ("offload", False, True, "memory", ""), ("compile", False, True, "memory", ""),
     ("precision", "float32", "bfloat16", "rollouts", ""), ("device", "cpu", "auto", "rounding", ""),
     ("timeout", 30, 7, "start", "")]
+
+
+SPIES = {"checkpointing": (models, "load", lambda arguments: arguments[3], [False, True]), "decode_batch": (models, "load", lambda arguments: arguments[4], [8, 3]),
+         "compile": (models, "load", lambda arguments: arguments[5], [False, True]), "offload": (train, "rollout", lambda arguments: arguments[7], [None, "cpu"]),
+         "train_batch": (train, "clipped_loss", lambda arguments: len(arguments[0]), [6, 4]),            # 2 prompts x 3 kept x 2 steps in 2 updates
+         "reward_batch": (train.Reward, "score", lambda arguments: len(arguments[1]), [8, 3])}           # of 8 rollouts
 
 
 def test_the_table_covers_every_flag():
@@ -315,12 +323,17 @@ def equal_weights(a, b):
 def test_every_flag_does_what_it_says(tiny, outcome, name, value, other, where, context):
     if name == "device" and torch.cuda.is_available():
         pytest.skip("auto is the GPU here")
-    if where == "memory":                                                # that it does something is tested in test_models.py
-        calls, folder, load = [], outcome().out.parent, models.load
+    if where == "memory":                                                # that a model then does it is tested in test_models.py
+        (owner, function, look, expected), folder, firsts = SPIES[name], outcome().out.parent, []
+        original = getattr(owner, function)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models, "load", lambda *arguments: calls.append(arguments) or load(*arguments))
-            runs = [launch(small(tiny, folder / f"{name}{number}", *BASE, *spelled(name, number))) for number in (value, other)]
-        assert len(runs) == 2 and [call[{"checkpointing": 3, "decode_batch": 4}[name]] for call in calls] == [value, other]
+            patch.setattr(torch.nn.Module, "compile", lambda network: None)                  # takes minutes: tested below
+            for number in (value, other):
+                calls = []
+                patch.setattr(owner, function, lambda *arguments: calls.append(look(arguments)) or original(*arguments))
+                launch(small(tiny, folder / f"{name}{number}", *BASE, *spelled(name, number)))
+                firsts.append(calls[0])
+        assert firsts == expected
         assert_close_weights(*(read_weights(folder / f"{name}{number}") for number in (value, other)), network(tiny))
         return
     if where == "start":
