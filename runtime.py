@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -65,6 +66,15 @@ def refuse(error):
     if rank() == 0:
         print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextmanager
+def refusing():
+    """Within the block a ValueError is the user's mistake: one that shows only when a file is read whole."""
+    try:
+        yield
+    except ValueError as error:
+        refuse(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +201,10 @@ def write_atomic(path, write):
     path = Path(path)
     temporary = path.with_name(".tmp-" + path.name)
     shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
+    try:
+        write(temporary)
+    except (SafetensorError, RuntimeError) as error:                     # what safetensors and torch.save make of a full disk
+        raise OSError(" ".join(str(error).split())[:200]) from error
     for file in [temporary] + (sorted(temporary.rglob("*")) if temporary.is_dir() else []):
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle), os.close(handle)
@@ -251,23 +264,35 @@ def save_model(folder, model):
 
 
 def checkpoints(out):
-    return sorted(Path(out).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    return sorted((p for p in Path(out).glob("checkpoint-*") if p.name[11:].isdecimal()), key=lambda folder: int(folder.name[11:]))
+
+
+@contextmanager
+def undamaged(folder):
+    """Refuses a checkpoint that cannot be read, by the one line that says so; json, safetensors, zip and pickle each raise others."""
+    try:
+        yield
+    except Exception as error:
+        refuse(f"{folder}: damaged ({type(error).__name__}), and nothing in it was run; remove it, and the same command goes on from the one before")
 
 
 def newest_checkpoint(out):
     """-> (folder, its state) or (None, {"step": 0, "lines": 0})."""
-    found = checkpoints(out)
-    return (found[-1], json.loads((found[-1] / "state.json").read_text())) if found else (None, {"step": 0, "lines": 0})
+    for folder in checkpoints(out)[-1:]:
+        with undamaged(folder):
+            state = json.loads((folder / "state.json").read_text())
+            return folder, {"step": int(state["step"]), "lines": int(state["lines"])}
+    return None, {"step": 0, "lines": 0}
 
 
 def load_checkpoint(folder, weights, optimizer=None):
     """Copies a checkpoint's tensors into `weights` (a dict of tensors, as it was saved) and its state into the optimizer."""
-    saved = load_file(folder / "weights.safetensors")
-    with torch.no_grad():
+    with undamaged(folder), torch.no_grad():
+        saved = load_file(folder / "weights.safetensors")
         for name, tensor in weights.items():
             tensor.copy_(saved[name])
-    if optimizer:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        if optimizer:
+            optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
 
 @contextmanager
