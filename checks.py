@@ -57,9 +57,13 @@ def check(args, default):
     rollouts, processes = args.prompts_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
     need(processes <= rollouts, f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share")
     folder = models.check(args.model)
+    check_guide(args)
     if args.snapshot_every:
         models.network_files(args.model)                                 # a snapshot names its base by the numbers in them
     weights = check_reward(args.reward, folder)
+    for flag in ("features",) * bool({*weights} & {*DISTRIBUTION}) + ("diversity_features",):
+        need(getattr(args, flag) not in TINY or (folder / getattr(args, flag)).is_dir(),
+             f"--{flag} {getattr(args, flag)}: {folder} holds no such network; give another, as in --{flag} dinov2")
     if {*weights} & {*DISTRIBUTION}:
         D = check_features(args.features, folder)
         check_target(target_path(args.target, args.features, folder), D, "kid" in weights)
@@ -84,6 +88,13 @@ def check(args, default):
          f"--eval_images {args.eval_images}: must be a multiple of the {len(judged)} prompts of {args.eval_prompts}, two each at least")
     runtime.open_run(args.out, vars(args), free=("out", "dry_run"))
     return args, prompts, judged
+
+
+def check_guide(args):
+    """Raises ValueError for a network that guides another at a guidance that does not ask it."""
+    *_, file, guide = models.locate(args.model)
+    if guide and args.guidance == 1:
+        raise ValueError(f"--guidance 1: leaves the guide {guide} without work; raise it, or give --model edm2:{file} alone")
 
 
 def plan(args, prompts):
@@ -118,8 +129,8 @@ def check_merge(args, default):
         need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
     lengths = numbers("sigma_rel", args.sigma_rel)
     need(lengths and all(0 < s < 0.288 for s in lengths), f"--sigma_rel {args.sigma_rel}: each must be between 0 and 0.288")
-    folder, views = open_checkpoints(args.checkpoints, args.model)
-    args = dataclasses.replace(args, model=str(folder))
+    base, views = open_checkpoints(args.checkpoints, args.model)
+    args, folder = dataclasses.replace(args, model=str(base)), models.check(base)
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     averages = sweep(views, lengths)
     if args.command != "rl":
@@ -129,7 +140,8 @@ def check_merge(args, default):
         need(len(c) in (0, len(views)), f"--coefficients {args.coefficients}: {len(c)} numbers for {len(views)} checkpoints")
         need(not c or abs(sum(c) - 1) < 1e-6, f"--coefficients {args.coefficients}: sum to {sum(c):.6g}; they must sum to 1")
         need(args.command == "average" or len(averages), "ema: needs two or more averages that train.py kept (snapshots/NNNNN-0.050.safetensors)")
-        return args, folder, views, [], []
+        return args, base, views, [], []
+    check_guide(args)
     weights, half = check_reward(args.reward, folder), folder / args.features
     args = dataclasses.replace(args, target=args.target or str(half / "real-1.npz"), report_target=args.report_target or args.target or str(half / "real-2.npz"),
                                prompts=args.prompts or str(folder / "prompts.jsonl"))
@@ -140,14 +152,15 @@ def check_merge(args, default):
     judge = folder / ("reward" if args.features == "evaluator" else "evaluator")
     if judge.is_dir():
         check_classifier(judge), evaluation.check_real(judge / "real-2.npz")
-    prompts, judged = read_prompts(args.prompts), read_prompts(folder / "eval_prompts.jsonl")
-    check_labels(judged, "eval_prompts.jsonl"), check_labels(prompts if needs_labels(args.reward) else [], args.prompts)
+    own, labels = folder / "eval_prompts.jsonl", needs_labels(args.reward)
+    prompts, judged = read_prompts(args.prompts), read_prompts(own if own.is_file() or judge.is_dir() else args.prompts)
+    check_labels(judged if judge.is_dir() or labels else [], "eval_prompts.jsonl"), check_labels(prompts if labels else [], args.prompts)
     for name, count in (("images", len(prompts)), ("reference", len(prompts)), ("report_images", len(judged))):
         need(getattr(args, name) % count == 0, f"--{name} {getattr(args, name)}: must be a multiple of the {count} prompts")
     need(args.images <= args.reference, f"--images {args.images}: is more than --reference {args.reference}")
     need(args.group_size % 2 == 0, f"--group_size {args.group_size}: must be even, for mirrored pairs")
     runtime.open_run(args.out, vars(args), free=("out",))
-    return args, folder, views, prompts, judged
+    return args, base, views, prompts, judged
 
 
 def numbers(flag, text):

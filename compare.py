@@ -39,7 +39,7 @@ def load(folder):
         names = [name for name in rows[0] if name.startswith("eval/")] if rows else []
         curves = {name: np.array([row[name] for row in rows], float) for name in ("iteration", *names)}
         curves["minutes"] = sum(row.get("seconds_sample", 0) + row.get("seconds_train", 0) for row in lines) / 60
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not the metrics of a run ({type(error).__name__}: {error})") from None
     missing = [name for name in METRICS if "eval/" + name not in curves]
     if missing:
@@ -79,7 +79,7 @@ def read_config(folder):
         if not isinstance(config, dict):
             raise ValueError("not an object")
         return config
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable ({error}); give a run folder of train.py") from None
 
 

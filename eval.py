@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,7 @@ import metrics
 import rewards
 import runtime
 from dist_reward import frechet_distance, moments
-from features import TINY, load_features, load_target, target_path
+from features import TINY, check_npz, load_features, load_target, target_path
 from metrics import mean_distance, smallest_distance, vendi_score
 from picture_sets import generate, make_images, pictures  # noqa: F401: part of what this module offers
 from runtime import gather, share
@@ -70,12 +71,11 @@ class Args:
 def check_real(path):
     """Raises ValueError, in one line, if the moments of the real pictures cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as real:
-            missing = {"mu", "sigma", "scale"} - set(real.files)
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        check_npz(path, "mu", "sigma", "scale")
+    except KeyError:
+        raise ValueError(f"{path}: lacks mu, sigma or scale") from None
+    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not an npz file of numbers ({error})") from None
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}")
 
 
 class Judge:

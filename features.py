@@ -10,6 +10,8 @@ A target is an .npz with mu and sigma, a folder of pictures, or an idx file. Lef
 """
 import gzip
 import importlib
+import math
+import os
 import struct
 import zipfile
 import zlib
@@ -27,6 +29,7 @@ from runtime import gather, share
 TINY = ("reward", "evaluator")
 HUB = {"dinov2": ("facebook/dinov2-large", "hidden_size"), "clip": ("openai/clip-vit-large-patch14", "projection_dim")}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+LARGE, RATIO = 2**28, 100                                                # a file may unpack to so many bytes, or so many times its own size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,9 +155,33 @@ def check_target(path, D, need_pictures=False):
         raise ValueError(f"--target {path}: {count} pictures are too few for the covariance of {D or 'any'} features; give more than {D or 1}")
 
 
+def check_unpacked(name, size, packed):
+    """Raises ValueError if `packed` bytes of a file are to unpack to `size` bytes that no pictures and no moments would."""
+    if size > max(LARGE, RATIO * packed):
+        raise ValueError(f"{name} would unpack {packed} bytes to {size}")
+
+
+def check_npz(path, *names):
+    """Raises ValueError for an array of an .npz that holds objects, or unpacks to far more than it takes there, or to another size than its header
+    says; KeyError for one that is missing. Only the headers are read."""
+    with zipfile.ZipFile(path) as file:
+        for name in names:
+            info = file.getinfo(f"{name}.npy")
+            with file.open(info) as member:
+                old = np.lib.format.read_magic(member) == (1, 0)
+                shape, _, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(member)
+                size = member.tell() + math.prod(shape) * dtype.itemsize
+            if dtype.hasobject:
+                raise ValueError(f"{name} holds objects, which would run code")
+            if size != info.file_size:
+                raise ValueError(f"{name} holds {info.file_size} bytes where its header says {size}")
+            check_unpacked(name, size, info.compress_size)
+
+
 def read_moments(path, D):
     """-> mu [D], sigma [D, D], float64, looked at closely. Raises ValueError in one line; nothing is unpickled."""
     try:
+        check_npz(path, "mu", "sigma")
         with np.load(path, allow_pickle=False) as file:
             mu, sigma = (file[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
     except KeyError:
@@ -190,14 +217,15 @@ def read_picture(path):
 def read_idx(path, rank=3):
     """An idx file (plain or .gz) of pictures (rank 3) or labels (1) -> uint8 array. Raises ValueError naming the file when it is not one."""
     try:
-        raw = Path(path).read_bytes()
-        raw = gzip.decompress(raw) if str(path).endswith(".gz") else raw
-        dims = struct.unpack(f">{raw[3]}I", raw[4:4 + 4 * raw[3]])
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError("not an idx file of unsigned bytes")
-        if len(dims) != rank or 0 in dims:
-            raise ValueError(f"has the dimensions {dims} where {rank} are expected")
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            magic = file.read(4)
+            dims = struct.unpack(f">{magic[3]}I", file.read(4 * magic[3]))
+            if magic[:3] != b"\0\0\x08":
+                raise ValueError("not an idx file of unsigned bytes")
+            if len(dims) != rank or 0 in dims:
+                raise ValueError(f"has the dimensions {dims} where {rank} are expected")
+            check_unpacked("it", math.prod(dims), os.path.getsize(path))
+            return np.frombuffer(file.read(math.prod(dims) + 1), np.uint8).reshape(dims)       # the one more tells a file that goes on
     except (OSError, EOFError, IndexError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(f"{path}: {error}; expected an idx file of unsigned bytes") from None
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import compare
 import dist_reward
 import eval as evaluation
+import guards
 import models
 import runtime
 from checks import check_merge, numbers
@@ -229,6 +230,7 @@ def search(args, task, blocks, fixed, log):
     everything = own | (task.pool.state() if task.pool else {})
     draw = lambda stream, update, size: seeded_noise((stream, args.seed, update), range(size), shape).double()
     newest, state = runtime.newest_checkpoint(out)
+    guards.check_start(out, state["step"], task.model.device)
     if newest:
         runtime.load_checkpoint(newest, everything)
     else:

@@ -3,7 +3,7 @@
     FOLDER         of diffusers: model_index.json names the pipeline; or one written by model.save, with sit.safetensors or edm2.safetensors
     owner/name     the same on the Hugging Face hub, fetched once; only safetensors, JSON and tokenizers, never a pickle
     sit:FILE       a published checkpoint of SiT (.pt, .safetensors), beside it vae/, an AutoencoderKL, and perhaps classes.txt, one class a line
-    edm2:FILE      a published snapshot of EDM2 (.pkl, .safetensors), with the same beside it
+    edm2:FILE      a published snapshot of EDM2 (.pkl, .safetensors), with the same beside it; edm2:FILE,GUIDE: guided by the network in GUIDE
 No network is built here, and every ValueError is the user's one line: the value and the remedy.
 """
 import json
@@ -34,9 +34,9 @@ def check(name):
     Of safetensors and .pt files only the headers are read; a .pkl has none, so it is read whole (and nothing in it is run).
     """
     try:
-        kind, folder, file = locate(name)
+        kind, folder, file, guide = locate(name)
         if kind in OWN:
-            _check_own(kind, folder, file)
+            _check_own(kind, folder, file, guide)
         else:
             _check_pipeline(folder, kind)
     except (ValueError, OSError) as error:
@@ -46,7 +46,7 @@ def check(name):
 
 def network_files(name):
     """The safetensors files of the network that is trained, one or several shards: what a merge reads. `name` as for `check`, or its folder."""
-    kind, folder, file = locate(name)
+    kind, folder, file, _ = locate(name)
     if kind not in OWN:
         return _weight_files(folder / NETWORK[kind])
     if file.suffix != ".safetensors":
@@ -55,10 +55,13 @@ def network_files(name):
 
 
 def locate(name):
-    """-> the kind of a model, its folder, and the file of its network if that is one of `OWN`. Raises ValueError, without --model before it."""
+    """-> the kind of a model, its folder, the file of its network if that is one of `OWN`, and of the network that guides it, if there is one.
+
+    Raises ValueError, without --model before it."""
     kind, _, rest = str(name).partition(":")
     if kind in OWN:
-        return kind, Path(rest).parent, Path(rest)
+        file, comma, guide = rest.partition(",") if kind == "edm2" and not Path(rest).is_file() else (rest, "", "")
+        return kind, Path(file).parent, Path(file), Path(guide) if comma else None
     folder = Path(name)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
         folder = _fetch(str(name))
@@ -66,14 +69,15 @@ def locate(name):
         raise ValueError("no such folder; build the default with experiments/build_tiny.py or give a diffusers folder or a hub id, owner/name")
     for kind in OWN:
         if (folder / f"{kind}.safetensors").is_file():
-            return kind, folder, folder / f"{kind}.safetensors"
+            guide = folder / "guide.safetensors"
+            return kind, folder, folder / f"{kind}.safetensors", guide if kind == "edm2" and guide.is_file() else None
     try:
         kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError("no readable model_index.json with a _class_name, so this is not a diffusers folder") from None
     if not isinstance(kind, str) or kind not in NETWORK:
         raise ValueError(f"holds a {kind}; known here: {', '.join(NETWORK)}, and {', '.join(f'{own}:FILE' for own in OWN)}")
-    return kind, folder, None
+    return kind, folder, None, None
 
 
 def _fetch(repo):
@@ -92,7 +96,7 @@ def read_json(path):
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"{path.parent.name}/{path.name} is missing; the folder is incomplete") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} in {path.parent.name} is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} in {path.parent.name} is not a JSON object")
@@ -167,13 +171,17 @@ def _check_channels(channels, vae):
                          f"the latents of vae/ have {vae.get('latent_channels')}; it belongs to another network"))
 
 
-def _check_own(kind, folder, file):
+def _check_own(kind, folder, file, guide):
     if kind == "sit":
         config = sit.check(file, stated_heads(file))
         channels, classes, vae = config["in_channels"], config["num_classes"], "stabilityai/sd-vae-ft-ema"
     else:
         config = edm2.check(file)[1]
         channels, classes, vae = config["img_channels"], config["label_dim"], "stabilityai/sd-vae-ft-mse"
+        other = edm2.check(guide)[1] if guide else config
+        for key in ("img_resolution", "img_channels", "label_dim"):
+            if other[key] not in (config[key], 0):                       # without classes it is the unconditional network
+                raise ValueError(f"{guide}: has {key} {other[key]}, and {file.name} {config[key]}; give a guide of the same data")
     if not classes:
         raise ValueError(f"{file}: has no classes, which are its prompts here; give a class-conditional network")
     if not (folder / "vae").is_dir():

@@ -7,7 +7,7 @@
     model.folder                                   the files it came from           model.frozen()  the same model with its weights of now
     model.initial_std                              of x_T, what the stock sampler starts from: x_T = initial_std * noise
 Here: Stable Diffusion 1, 2, 3 and 3.5 (diffusers folders or hub ids; the embedded default is a 3 in pixel space), and SiT and EDM2
-(`sit:FILE`, `edm2:FILE`, with an AutoencoderKL in vae/ beside FILE). `check` looks at the files without building a network.
+(`sit:FILE`, `edm2:FILE[,GUIDE]`, with an AutoencoderKL in vae/ beside FILE). `check` looks at the files without building a network.
 Deterministic samples equal the stock pipeline's. Weights are float32; precision bfloat16 means autocast, and text encoders in bfloat16.
 """
 import copy
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import edm2
 import sit
 from lora import merged
-from model_files import BESIDE, OWN, check, class_names, locate, named_parts, network_files, read_json, stated_heads
+from model_files import BESIDE, check, class_names, locate, named_parts, network_files, read_json, stated_heads
 from sampling import EDM, VP, Flow
 
 __all__ = ["check", "network_files", "load"]                             # what callers use; the first two live in model_files.py
@@ -36,20 +36,42 @@ def load(name, device="cpu", precision="float32", checkpointing=False, decode_ba
     """Loads a model for training: weights in float32, forwards under bfloat16 autocast if precision says so.
 
     checkpointing: recompute in the backward instead of keeping activations; decode_batch: pictures that the VAE decodes at once. Both
-    are for memory only. compile: by torch.compile, in place, so that no name of a weight changes. Raises ValueError, in one line, as `check` does, or if the weights turn out not to be those of their config.
+    are for memory only. compile: by torch.compile, in place, so that no name of a weight changes. Raises ValueError, in one line, as
+    `check` does, or if the weights turn out not to be those of their config.
     """
     check(name)
-    kind, folder, file = locate(name)
+    kind, folder, file, guide = locate(name)
     adapter = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3, "sit": SiT, "edm2": EDM2}[kind]
-    model = adapter(file or folder, torch.device(device), precision, decode_batch)
-    if checkpointing and kind in OWN:
-        for block in [m for m in model.network.modules() if isinstance(m, (sit.Block, edm2.Block))]:
-            block.forward = functools.partial(_recomputed, block.forward)    # a bound method in a partial: deepcopy binds it to the copy
-    elif checkpointing:
-        model.network.enable_gradient_checkpointing()
+    model = adapter(file or folder, torch.device(device), precision, decode_batch, *([guide] if guide else []))
+    if checkpointing:
+        recompute(model.network)
     if compile:
         model.network.compile()
     return model
+
+
+def check_compiled(model, prompt, trained):
+    """Raises ValueError if the gradient of the parameters `trained` is another when the network is compiled: compilers err, and no ratio shows it.
+
+    prompt: embeddings [B, ...], of which the first is looked at."""
+    x, t = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0)).to(model.device), model.path.times(4)[1:3].float().to(model.device)
+    trained, prompt, found = list(trained), tuple(y[:1].expand(2, *y.shape[1:]) for y in prompt), []
+    call = model.network._compiled_call_impl
+    for model.network._compiled_call_impl in (None, call):
+        grads = torch.autograd.grad((model(x, t, prompt)[0] * x).mean(), trained, allow_unused=True)
+        found.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(trained, grads)]))
+    error = ((found[1] - found[0]).norm() / found[0].norm()).item()
+    if not error < (0.1 if model.precision == "bfloat16" else 1e-3):
+        raise ValueError(f"--compile: torch.compile gets the gradient of this network wrong here, by {error:.1%} of its length; leave it out")
+
+
+def recompute(network):
+    """Has a network keep only what goes into its blocks, and compute their activations again in the backward."""
+    blocks = [module for module in network.modules() if isinstance(module, (sit.Block, edm2.Block))]
+    for block in blocks:
+        block.forward = functools.partial(_recomputed, block.forward)    # a bound method in a partial: deepcopy binds it to the copy
+    if not blocks:
+        network.enable_gradient_checkpointing()
 
 
 def _recomputed(forward, *inputs):
@@ -283,24 +305,36 @@ class EDM2(Generator):
     """EDM2 (arXiv 2312.02696, edm2.py); prompts are classes, and their embedding is what takes noise; the null label is zeros."""
     initial_std = 80.0                                                   # sigma_max
 
-    def __init__(self, file, device, precision, decode_batch):
+    def __init__(self, file, device, precision, decode_batch, guide=None):
         super().__init__(file.parent, device, precision, decode_batch)
         self.network, self.path = edm2.load(file).to(device), EDM
+        self.guide_network = edm2.load(guide).to(device).requires_grad_(False) if guide else None
+        self.guide = self.weaker if guide else None                      # stands in for the null prompt in `sampling.predict`
         self.vae, self.names = _part(_libraries()[0].AutoencoderKL, self.folder / "vae", device), class_names(self.folder, self.network.label_dim)
         side = int(next(iter(self.network.unet.enc)).split("x")[0])      # the first layer is called 64x64_conv
         self.shape = (len(self.network.unet.out_conv.weight), side, side)
 
     def __call__(self, x_t, t, prompt):
+        return self.predict(self.network, x_t, t, prompt[0])
+
+    def predict(self, network, x_t, t, embedding):
         with self.autocast():
-            x0_hat = self.network(x_t, t, embedding=prompt[0]).float()
+            x0_hat = network(x_t, t, embedding=embedding).float()
         return x0_hat, (x_t - x0_hat) / t.reshape(-1, 1, 1, 1)
 
+    @torch.no_grad()
+    def weaker(self, x_t, t, prompt):
+        """The guide's prediction at the same prompt, or at none if it knows no classes."""
+        return self.predict(self.guide_network, x_t, t, prompt[1] if self.guide_network.label_dim else None)
+
     def embed(self, texts):
-        labels = one_hot(self.class_ids(texts, self.network.label_dim), self.network.label_dim + 1)[:, :-1]
-        return (self.network.embed(labels.float()),)
+        labels = one_hot(self.class_ids(texts, self.network.label_dim), self.network.label_dim + 1)[:, :-1].float()
+        return tuple(network.embed(labels) for network in (self.network, self.guide_network) if network and network.label_dim)
 
     def picture(self, z):
         return self.vae.decode(edm2.latents_to_vae(z), return_dict=False)[0]
 
     def save(self, folder):
         self.save_own(folder, "edm2", {"channels_per_head": self.network.channels_per_head})
+        if self.guide_network:
+            edm2.save(self.guide_network, Path(folder) / "guide.safetensors")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import metrics
 import models
 import runtime
-from features import picture_files, read_picture
+from features import check_npz, picture_files, read_picture
 from prompting import read_prompts
 from runtime import gather, share
 from sampling import sample, seeded_noise
@@ -137,11 +137,12 @@ class Pictures:
 def read_npz(path):
     """-> arr_0, uint8 [N, H, W, 3]. Raises ValueError, in one line; nothing is unpickled."""
     try:
+        check_npz(path, "arr_0")
         with np.load(path, allow_pickle=False) as file:
             pixels = file["arr_0"]
     except KeyError:
         raise ValueError(f"{path}: holds no arr_0; an npz of pictures has arr_0, uint8, [N, H, W, 3]") from None
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not an npz file of pictures ({' '.join(str(error).split())})") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
         raise ValueError(f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}; expected uint8 [N, H, W, 3]")
@@ -212,6 +213,6 @@ def read_sidecar(name):
     path = sidecar(name)
     try:
         said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable ({error}); remove it or make the pictures again") from None
     return said if isinstance(said, dict) and {"model", "prompts", "n"} <= {*said} else {}           # else: somebody else's

@@ -49,7 +49,7 @@ def _read_line(where, line, suffix):
     if suffix == ".jsonl" and line.strip():
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f'{where}: expected an object with a string "prompt", as in {{"prompt": "a dark coat"}}')

@@ -109,8 +109,9 @@ class Interrupt:
             signal.signal(number, handler)
 
     def asked(self, device):
-        self.signal = int(all_max(self.signal, device))
-        return self.signal > 0
+        if asked := int(all_max(self.signal, device)):                   # else one that came meanwhile stays for the next time
+            self.signal = asked
+        return asked > 0
 
 
 def check_equal(weights, device):
@@ -183,16 +184,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def check_update(step, loss, norm, ratio_error, tolerance):
-    """Stops every process before the optimizer step, on a number that is none or on rollouts that the update cannot reproduce."""
-    for what, value in (("loss", loss), ("gradient", norm)):
-        if not math.isfinite(value):
-            raise FloatingPointError(f"iteration {step + 1}: the {what} is not finite; stopped before the optimizer step")
-    if ratio_error > tolerance:
-        raise FloatingPointError(f"iteration {step + 1}: the ratio before the first update is off by {ratio_error:.1e}: rollout and update disagree; "
-                                 "look for dropout, stored precision, other times, other guidance or other prompt noise")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files.
 
@@ -236,7 +227,7 @@ def open_run(out, config, free=()):
             before = json.loads(path.read_text())
             keys = sorted(k for k in {*before, *config} - {*free} if before.get(k) != config.get(k))
             differ = [f"--{k} {before.get(k)!r} there, {config.get(k)!r} here" for k in keys]
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             differ = ["config.json is unreadable"]
         if differ:
             raise ValueError(f"--out {out}: belongs to another configuration ({'; '.join(differ)}); choose another --out or the same flags")
@@ -280,8 +271,7 @@ def newest_checkpoint(out):
     """-> (folder, its state) or (None, {"step": 0, "lines": 0})."""
     for folder in checkpoints(out)[-1:]:
         with undamaged(folder):
-            state = json.loads((folder / "state.json").read_text())
-            return folder, {"step": int(state["step"]), "lines": int(state["lines"])}
+            return folder, {key: int(json.loads((folder / "state.json").read_text())[key]) for key in ("step", "lines")}
     return None, {"step": 0, "lines": 0}
 
 

@@ -106,12 +106,16 @@ def log_prob(x, mean, std):
 def predict(model, x_t, t, prompt, guidance=1.0, null=None):
     """model(x_t, t, prompt) -> (x0_hat, eps_hat), with classifier-free guidance when it is not 1; both halves in one forward.
 
-    t [B]; prompt is a tuple of embeddings [B, ...], null of [1, ...]. Guided x0 = x0_null + guidance (x0 - x0_null), eps alike.
+    t [B]; prompt is a tuple of embeddings [B, ...], null of [1, ...]. Guided x0 = x0_null + guidance (x0 - x0_null), eps alike. If the model
+    has a network of its own to guide it, `model.guide`, x0_null is what that one says (EDM2, arXiv 2312.02696; autoguidance, 2406.02507).
     """
     if guidance == 1.0:
         return model(x_t, t, prompt)
-    both = tuple(torch.cat([n.expand_as(p), p]) for n, p in zip(null, prompt))
-    halves = [out.float().chunk(2) for out in model(x_t.repeat(2, *[1] * (x_t.dim() - 1)), t.repeat(2), both)]
+    if guide := getattr(model, "guide", None):
+        halves = [*zip(guide(x_t, t, prompt), model(x_t, t, prompt))]
+    else:
+        both = tuple(torch.cat([n.expand_as(p), p]) for n, p in zip(null, prompt))
+        halves = [out.float().chunk(2) for out in model(x_t.repeat(2, *[1] * (x_t.dim() - 1)), t.repeat(2), both)]
     guided = [without + guidance * (with_prompt - without) for without, with_prompt in halves]
     if channels := getattr(model, "guided_channels", None):              # SiT as published: the others follow the prompt alone
         guided = [torch.cat([g[:, :channels], with_prompt[:, channels:]], 1) for g, (_, with_prompt) in zip(guided, halves)]

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import dist_reward
 import eval as evaluation
+import guards
 import models
 import runtime
 from checks import check, plan
@@ -171,28 +172,27 @@ def fresh_reference(args, model, policy, table, null, measure, step):
 def sample_groups(args, model, policy, table, null, reward, measure, look, prompts, step):
     """SAMPLE: rolls out this process's share -> its trajectory; and of all rollouts: reward terms, features of the pictures (or None),
     potentials, nearest distances."""
-    P, N, W = args.prompts_per_step, args.group_size, len(policy.window)
+    P, N, W, samples = args.prompts_per_step, args.group_size, len(policy.window), runtime.share(args.prompts_per_step * args.group_size)
     in_parts = lambda f, x: torch.cat([f(part.to(model.device)) for part in x.split(args.reward_batch or args.batch)])
-    samples = runtime.share(P * N)
     who = draw_prompts(len(prompts), P, args.seed, step)[np.array(samples) // N]              # the prompt of each rollout
     trajectory = explore(args, model, policy, table, null, who, samples, (ROLLOUT_STREAM, args.seed, step))
+    guards.check_finite(step, {"a latent": trajectory.latents, "a predicted picture": trajectory.x0_hats, "a log-prob": trajectory.log_probs}, model.device)
     with torch.inference_mode():
         images = model.decode(trajectory.latents[-1].to(model.device))                        # [B, 3, H, W]
-        try:
-            terms = reward(images, [prompts[w].text for w in who], [prompts[w].metadata for w in who])
-            found = runtime.gather(in_parts(measure, images), P * N).reshape(P, N, -1) if measure else None
-        except FloatingPointError as error:
-            raise FloatingPointError(f"iteration {step + 1}: {error}; stopped before the update") from None
-        terms = {name: runtime.gather(value, P * N).reshape(P, N) for name, value in terms.items()}
         states = [*trajectory.x0_hats[policy.window.start:policy.window.stop], trajectory.latents[-1]]        # W + 1 of [B, ...]
         see = lambda x: in_parts(lambda part: look(model.decode(part)) if look else part.flatten(1), x)
-        features = runtime.gather(torch.stack([see(x) for x in states], 1), P * N).transpose(0, 1).reshape(W + 1, P, N, -1)
+        with guards.together(f"iteration {step + 1}"):
+            terms = reward(images, [prompts[w].text for w in who], [prompts[w].metadata for w in who])
+            found, seen = in_parts(measure, images) if measure else None, torch.stack([see(x) for x in states], 1)
+        found = runtime.gather(found, P * N).reshape(P, N, -1) if measure else None
+        terms = {name: runtime.gather(value, P * N).reshape(P, N) for name, value in terms.items()}
+        features = runtime.gather(seen, P * N).transpose(0, 1).reshape(W + 1, P, N, -1)
         potential = torch.stack([group_diversity(f, args.metric, args.nearest) for f in features])            # [W + 1, P, N]
         closest = group_diversity(features[-1], "cosine", nearest=1)                          # [P, N]
     return trajectory, terms, found, potential, closest
 
 
-def update(args, model, reference, policy, null, optimizer, trained, trajectory, index, advantage, step):
+def update(args, model, reference, policy, null, optimizer, weights, trajectory, index, advantage, step):
     """TRAIN: clipped policy gradient on the kept (rollout, step) pairs, shuffled, in `updates` optimizer steps a pass -> metrics."""
     W, D, samples = len(policy.window), math.prod(model.shape), runtime.share(args.prompts_per_step * args.group_size)
     kept = (torch.arange(len(index))[:, None] * args.group_size + index.cpu()).flatten().to(model.device)      # sample numbers [P K]
@@ -218,10 +218,12 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
             error = (ratio.detach() - 1).abs()
             tally += torch.stack([loss.sum(), kl.sum(), (error > args.clip / D).sum(), torch.ones_like(loss).sum()]).detach().double()
             ratio_error = max(ratio_error, error.max().item()) if n == 0 else ratio_error
-        runtime.sum_gradients(trained)
-        totals, norm = totals + runtime.all_sum(tally), torch.nn.utils.clip_grad_norm_(trained, args.grad_clip).item()
+        guards.check_finite(step, {"an advantage": advantage, "the loss": tally, **{f"the gradient of {n}": p.grad for n, p in weights.items()}}, model.device)
+        runtime.sum_gradients(weights.values())
+        totals, norm = totals + runtime.all_sum(tally), torch.nn.utils.clip_grad_norm_(weights.values(), args.grad_clip).item()
         ratio_error = runtime.all_max(ratio_error, model.device) if n == 0 else ratio_error
-        runtime.check_update(step, totals.sum().item(), norm, ratio_error, 1e-6 if args.precision == "float32" and not args.compile else 1e-4)
+        tolerance = (1e-5 if args.precision == "float32" else 1e-4) * (1 + 2 * abs(args.guidance - 1))        # guidance magnifies rounding
+        guards.check_update(step, norm, ratio_error, tolerance, args.clip / D)
         optimizer.step()
     loss, kl, clipped, count = totals.tolist()
     return {"loss": loss / count, "kl": kl / count, "clip_fraction": clipped / count, "grad_norm": norm, "ratio_error": ratio_error}
@@ -230,26 +232,34 @@ def update(args, model, reference, policy, null, optimizer, trained, trajectory,
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop.
 
-def train(args, prompts, judged, interrupt):
-    """The algorithm, and around it evaluation, log and checkpoints. Returns early, after a checkpoint, when it is asked to stop."""
-    device, out = runtime.start(args.device, args.timeout), Path(args.out)
-    with runtime.refusing():                                             # weights that are not their config's, a prompt that is no class
+def open_all(args, prompts, judged, device):
+    """-> model, what learns {name: parameter}, embeddings of the prompts and of the empty one, reward, the space of --diversity_features; and
+    for the reward fid or kid its reference, features and target (else None). Exits with code 2 where a file turns out not to be what it should."""
+    with runtime.refusing():
         model = models.load(args.model, device, args.precision, args.checkpointing, args.decode_batch, args.compile)
         model.forget_text_encoders([p.text for p in prompts + judged] + [""])
         table, null = model.encode([p.text for p in prompts]), model.encode([""])
+        weights = add_lora(model.network, args.lora, args.lora, seed=args.seed) if args.lora else {
+            n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
+        args.compile and models.check_compiled(model, table, weights.values())
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
         look = None if args.diversity_features == "latents" else load_features(args.diversity_features, model.folder, device)
-        blank, pool, measure, target = model.decode(torch.zeros(1, *model.shape, device=device)), None, None, None
-        if reward.distribution:
-            pool, measure, target = open_pool(reward.distribution, args.features, args.target, model.folder, args.reference, blank)
+        blank, kind = model.decode(torch.zeros(1, *model.shape, device=device)), reward.distribution
+        pool = open_pool(kind, args.features, args.target, model.folder, args.reference, blank) if kind else (None, None, None)
+        return model, weights, table, null, reward, look, *pool
+
+
+def train(args, prompts, judged, interrupt):
+    """The algorithm, and around it evaluation, log and checkpoints. Returns early, after a checkpoint, when it is asked to stop."""
+    device, out = runtime.start(args.device, args.timeout), Path(args.out)
+    model, weights, table, null, reward, look, pool, measure, target = open_all(args, prompts, judged, device)
     policy = Policy(model.path, model.path.times(args.steps), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
     reference = model.frozen() if args.kl and not args.lora else None
-    weights = add_lora(model.network, args.lora, args.lora, seed=args.seed) if args.lora else {
-        n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
     averages = {key: {n: p.detach().clone() for n, p in weights.items()} for key in ("ema",) * (args.ema > 0) + EMA_LENGTHS * (args.snapshot_every > 0)}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     everything = weights | {f"average.{key}.{n}": v for key, tensors in averages.items() for n, v in tensors.items()} | (pool.state() if pool else {})
     newest, state = runtime.newest_checkpoint(out)
+    guards.check_start(out, state["step"], device)
     if newest:
         runtime.load_checkpoint(newest, everything, optimizer)
     elif pool:
@@ -277,7 +287,7 @@ def train(args, prompts, judged, interrupt):
         # ------------------------------------------------ TRAIN
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
-        row = update(args, model, reference, policy, null, optimizer, list(weights.values()), trajectory, index, advantage, step)
+        row = update(args, model, reference, policy, null, optimizer, weights, trajectory, index, advantage, step)
         for key, tensors in averages.items():
             decay = args.ema if key == "ema" else power_decay(step + 1, key)
             for name, value in tensors.items():
@@ -294,8 +304,7 @@ def train(args, prompts, judged, interrupt):
         row |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled, "peak_memory_gb": runtime.peak_memory(device)}
         bar.set_postfix(reward=f"{row['reward']:.3f}", diversity=f"{row['diversity']:.3f}", ratio_error=f"{row['ratio_error']:.0e}")
         last = step + 1 == args.iterations
-        row |= judged_now(step + 1) if last or (step + 1) % args.eval_every == 0 else {}
-        log.write({"iteration": step + 1} | row)
+        log.write({"iteration": step + 1} | row | (judged_now(step + 1) if last or (step + 1) % args.eval_every == 0 else {}))
         if last:
             with runtime.swapped(weights, averages.get("ema", {})):
                 runtime.save_model(out / "model", model)

@@ -144,8 +144,12 @@ def open_checkpoints(paths, model=""):
         for name in opened[k]:
             if name not in base:
                 raise ValueError(f"{path}: {name} is not in the base {folder}")
-            if isinstance(opened[k], Lora) and opened[k].prefix[name.removesuffix(".weight")] + ".lora_B.weight" not in opened[k].file:
-                raise ValueError(f"{path}: {name} has a lora_A without its lora_B")
+            if isinstance(opened[k], Lora):
+                layer = opened[k].prefix[name.removesuffix(".weight")]
+                if layer + ".lora_B.weight" not in opened[k].file:
+                    raise ValueError(f"{path}: {name} has a lora_A without its lora_B")
+                if layer + ".alpha" in opened[k].file and math.prod(opened[k].file.shape(layer + ".alpha")) != 1:
+                    raise ValueError(f"{path}: {layer}.alpha has the shape {opened[k].file.shape(layer + '.alpha')}, and is one number")
             if opened[k].shape(name) != base.shape(name):
                 raise ValueError(f"{path}: {name} has the shape {opened[k].shape(name)}, the base {folder} {base.shape(name)}")
     names = sorted(set().union(*opened))
@@ -153,7 +157,19 @@ def open_checkpoints(paths, model=""):
     for view, weights, path in zip(views, opened, paths):
         found = re.search(r"(\d+)-(0\.\d+)\.", Path(path).name)
         view.facts = {"iteration": found[1], "sigma_rel": found[2]} if found and not weights.facts.get("sigma_rel") else weights.facts
+        if view.facts.get("sigma_rel"):
+            check_average(path, view.facts.get("iteration"), view.facts["sigma_rel"])
     return Path(folder), views
+
+
+def check_average(path, iteration, sigma_rel):
+    """Raises ValueError if what an average says of itself, in words, is no iteration and no length."""
+    try:
+        right = 0 < float(iteration) < math.inf and 0 < float(sigma_rel) < 0.288
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise ValueError(f"{path}: says that it is the average {str(sigma_rel)[:99]} of iteration {str(iteration)[:99]}; expected 0 to 0.288 of 1 or more")
 
 
 def block_of(name):

@@ -1,14 +1,22 @@
 """Every base trains through the same train.py: three updates with every mechanism on, on networks of a few thousand random weights."""
 import json
+import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import launch, read_metrics
-from safetensors.torch import load_file
-from test_models import FAMILIES, draw, names, prompts_of  # noqa: F401: names is the fixture that builds the bases
+from conftest import launch, read_metrics, read_weights
+from safetensors.torch import load_file, save_file
+from test_models import FAMILIES, draw, guided, names, prompts_of, shaken  # noqa: F401: names and guided are the fixtures that build the bases
 
+import eval as evaluation
+import merge
 import models
+import prompting
 import runtime
+import sit
 import weights
 
 EVERYTHING = ("--device cpu --iterations 3 --prompts_per_step 2 --group_size 4 --select window --keep 3 --steps 4 --window 0:2 --updates 2 --nearest 2 --lr 0.01 "
@@ -87,10 +95,75 @@ def test_training_stopped_and_started_again_is_the_same_with_a_lora(trained, nam
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["sd1", "sd3", "edm2"])
+def test_micro_batches_and_guidance_leave_the_first_ratio_within_its_tolerance(names, tmp_path, family, precision):  # noqa: F811
+    """Other sizes of a batch round otherwise, and guidance magnifies it: on these, up to 4e-6 in float32. A larger error stops a run."""
+    (tmp_path / "prompts.txt").write_text("3\n1\n")
+    launch([*EVERYTHING, "--model", names[family], "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run"), *LORA, "--guidance", "4", "--iterations", "1",
+            "--batch", "3", "--train_batch", "1", "--precision", precision, "--eval_images", "4", "--snapshot_every", "0"])
+    assert read_metrics(tmp_path / "run")[1]["ratio_error"] <= 7 * (1e-5 if precision == "float32" else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_a_compiled_run_is_the_plain_one(names, tmp_path):  # noqa: F811
+    shutil.copytree(Path(names["sit"][4:]).parent, tmp_path / "base")
+    torch.manual_seed(0)
+    network = shaken(sit.SiT(8, 2, 4, 16, 1, 2, 5))
+    save_file(network.state_dict(), tmp_path / "base" / "net.safetensors", {"num_heads": "2"})
+    (tmp_path / "prompts.txt").write_text("3\ngoldfish\n")
+    argv = [*EVERYTHING, "--model", f"sit:{tmp_path / 'base' / 'net.safetensors'}", "--prompts", str(tmp_path / "prompts.txt"), "--no-checkpointing",
+            "--kl", "0", "--guidance", "1", "--iterations", "2", "--eval_every", "2", "--eval_images", "8", "--window", "0:1", "--updates", "3", *WHOLE]     # few sizes, as each is compiled
+    for flag in ("--compile", "--no-compile"):
+        launch([*argv, "--out", str(tmp_path / flag), flag])
+    compiled, plain = (tmp_path / flag for flag in ("--compile", "--no-compile"))
+    for mine, theirs in zip(read_metrics(compiled), read_metrics(plain)):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5) and mine.get("ratio_error", 0) <= 1e-6
+    a, b = (load_file(folder / "model" / "sit.safetensors") for folder in (compiled, plain))
+    way = sum((b[name] - network.state_dict()[name]).norm() for name in b)
+    assert a.keys() == b.keys() and sum((a[name] - b[name]).norm() for name in b) < 0.01 * way
+    assert {*read_weights(compiled)} == {*read_weights(plain)}
+
+
+def test_edm2_trains_is_merged_and_drawn_under_its_guide(guided, tmp_path, capsys):  # noqa: F811
+    name, prompts = guided["conditional"], tmp_path / "prompts.txt"
+    prompts.write_text("3\ngoldfish\n")
+    argv = [*EVERYTHING, "--model", name, "--prompts", str(prompts), "--out", str(tmp_path / "run"), *WHOLE]
+    with pytest.raises(SystemExit):
+        launch([*argv, "--guidance", "1"])
+    assert "error: --guidance 1: leaves the guide" in capsys.readouterr().err
+    launch(argv)
+    assert all(row["ratio_error"] <= 1e-6 and row["grad_norm"] > 0 for row in read_metrics(tmp_path / "run")[1:])
+    base, tuned, guide = models.load(name), models.load(tmp_path / "run" / "model"), load_file(tmp_path / "conditional.safetensors")
+    assert all(torch.equal(tensor, guide[name]) for name, tensor in tuned.guide_network.state_dict().items())
+    assert not torch.equal(draw(tuned, ["3"], 3), draw(base, ["3"], 3))
+    merge.main(["average", *map(str, sorted((tmp_path / "run" / "snapshots").glob("*"))), "--coefficients", "0,0,1", "--out", str(tmp_path / "merged")])
+    merged = models.load(tmp_path / "merged")                            # the snapshots name their base, guide and all
+    assert torch.equal(draw(merged, ["3"], 3, 2.0), draw(tuned, ["3"], 3, 2.0))
+    evaluation.main(["images", name, "--n", "2", "--prompts", str(prompts), "--steps", "3", "--guidance", "2", "--device", "cpu",
+                     "--out", str(tmp_path / "pictures.npz")])
+    drawn = evaluation.generate(base, prompting.read_prompts(prompts), 1, 3, 2.0, 0, 2)
+    with np.load(tmp_path / "pictures.npz") as file:
+        assert np.array_equal(file["arr_0"], runtime.to_uint8(drawn).permute(0, 2, 3, 1).numpy())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_dry_run_prints_a_plan(names, tmp_path, capsys, family):  # noqa: F811
     (tmp_path / "prompts.txt").write_text("3\n")
     launch(["--model", names[family], "--reward", "jpeg", "--diversity_features", "latents", "--prompts", str(tmp_path / "prompts.txt"), "--dry_run",
             "--out", str(tmp_path / "run"), "--eval_prompts", str(tmp_path / "prompts.txt")] if family != "tiny" else
            ["--model", names[family], "--out", str(tmp_path / "run"), "--dry_run"])
-    assert "optimizer steps" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    said = capsys.readouterr().out
+    count = 30 if family == "tiny" else 1
+    assert f"{count} prompts; an iteration: 10 groups x 16 = 160 rollouts of 8 steps, 16 kept of each group x 4 stochastic steps = 640 pairs, 2 optimizer steps " \
+        "of 320 pairs; 60 iterations = 9600 rollouts" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [["--reward", "jpeg"], ["--reward", "fid", "--diversity_features", "latents"]])
+def test_a_base_without_networks_of_its_own_says_so(names, tmp_path, capsys, flags):  # noqa: F811
+    (tmp_path / "prompts.txt").write_text("a boot\n")
+    with pytest.raises(SystemExit) as stop:
+        launch(["--model", names["sd1"], "--prompts", str(tmp_path / "prompts.txt"), *flags, "--dry_run"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and re.match(rf"error: --(diversity_)?features reward: {names['sd1']} holds no such network; give another", said)

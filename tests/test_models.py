@@ -257,6 +257,55 @@ def test_guidance_starts_from_the_null_label(loaded):
     assert not torch.allclose(null, one, atol=1e-3)
 
 
+GUIDES = {"unconditional": edm2.EDM2(8, 4, 0, 8, [1, 2], 1, [], 8), "conditional": edm2.EDM2(8, 4, 5, 8, [1], 1, [], 8)}     # smaller, both of them
+
+
+@pytest.fixture
+def guided(names, tmp_path):
+    """kind of guide -> what --model would be, with the guide in another folder."""
+    torch.manual_seed(4)
+    for kind, network in GUIDES.items():
+        edm2.save(shaken(network, 0.3), tmp_path / f"{kind}.safetensors")
+    return {kind: f"{names['edm2']},{tmp_path / kind}.safetensors" for kind in GUIDES}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", GUIDES)
+def test_a_second_network_guides_edm2_as_published(names, loaded, guided, kind, tmp_path):
+    model, main, guide = models.load(guided[kind]), edm2.load(Path(names["edm2"][5:])), edm2.load(tmp_path / f"{kind}.safetensors")
+    assert not any(p.requires_grad for p in model.guide_network.parameters()) and model.folder == Path(names["edm2"][5:]).parent
+    texts, labels = ["0", "drake", "2"], torch.eye(5)[[0, 3, 2]]
+    for scale in (0.0, 2.5):
+        times, x = model.path.times(4), noise(model.shape) * 80
+        for t, s in zip(times[:-1].float(), times[1:].float()):
+            weak = guide(x, t, labels if kind == "conditional" else None)
+            x0_hat = weak + scale * (main(x, t, labels) - weak)
+            x = x + (s - t) * (x - x0_hat) / t
+        torch.testing.assert_close(draw(model, texts, 4, scale), x, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(draw(loaded["edm2"], texts, 4, scale), x, atol=0.01)       # guided by the null label
+    assert torch.equal(draw(model, texts, 4), draw(loaded["edm2"], texts, 4))                 # a guidance of 1 asks no guide
+    model.save(tmp_path / "saved")
+    again, twice = models.load(tmp_path / "saved"), models.load(tmp_path / "saved").frozen()
+    for each in (again, twice):
+        assert torch.equal(draw(each, texts, 3, 2.5), draw(model, texts, 3, 2.5))
+    assert models.network_files(guided[kind]) == models.network_files(names["edm2"]) == [Path(names["edm2"][5:])]
+    again.save(tmp_path / "alone")
+    (tmp_path / "alone" / "guide.safetensors").unlink()
+    assert torch.equal(draw(models.load(tmp_path / "alone"), texts, 3, 2.5), draw(loaded["edm2"], texts, 3, 2.5))
+
+
+def test_a_guide_that_does_not_fit_is_named(names, tmp_path):
+    shutil.copytree(Path(names["edm2"][5:]).parent, tmp_path / "a, b")   # a comma in a name is no second network
+    assert models.check(f"edm2:{tmp_path / 'a, b' / 'net.safetensors'}") == tmp_path / "a, b"
+    for key, arguments in (("img_resolution", (16, 4, 5, 8, [1], 1, [], 8)), ("img_channels", (8, 3, 5, 8, [1], 1, [], 8)),
+                           ("label_dim", (8, 4, 6, 8, [1], 1, [], 8))):
+        edm2.save(edm2.EDM2(*arguments), tmp_path / "guide.safetensors")
+        refused(f"{names['edm2']},{tmp_path / 'guide.safetensors'}", "guide.safetensors: has " + key)
+    refused(f"{names['edm2']},{tmp_path / 'none.pkl'}", "none.pkl: no such")
+    refused(f"{names['edm2']},", "no such")
+    refused(f"{names['edm2']},{names['sit'][4:]}", "not an EDM2"), refused(f"{names['sit']},{names['edm2'][5:]}", "no such file")
+
+
 @torch.no_grad()
 def test_sit_is_guided_in_its_first_three_channels_alone(loaded):
     model = loaded["sit"]
@@ -417,6 +466,39 @@ def test_checkpointing_changes_memory_only(names, loaded, family):
         for p in model.network.parameters():
             p.zero_()
         assert torch.equal(twin(x, t, prompt)[0], plain(x, t, prompt)[0])            # the copy's blocks are its own
+
+
+def test_a_compiler_that_gets_the_gradient_wrong_is_found_out(names):
+    """Its predictions may be right all the same, so that no ratio shows it."""
+    for precision, tolerated, refused_ in (("float32", 1.0001, 1.01), ("bfloat16", 1.05, 1.2)):
+        model = models.load(names["sit"], precision=precision)
+        trained, prompt, calls = dict(model.network.named_parameters()), model.encode(["1"]), []
+
+        def compiled(scale):
+            def call(*inputs):
+                calls.append(scale)
+                out = model.network._call_impl(*inputs)
+                return out.detach() + scale * (out - out.detach())
+            return call
+        for scale in (1, tolerated):
+            model.network._compiled_call_impl = compiled(scale)
+            models.check_compiled(model, prompt, trained.values())
+        model.network._compiled_call_impl = compiled(refused_)
+        with pytest.raises(ValueError, match=f"--compile: .* wrong here, by {refused_ - 1:.0%}"[:-1]):
+            models.check_compiled(model, prompt, trained.values())
+        assert calls == [1, tolerated, refused_] and all(p.grad is None for p in trained.values())
+
+
+def test_compiling_changes_no_name_and_is_not_copied(names, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, **more: compiled.append(call) or (lambda *inputs, **more: call(*inputs, **more)))
+    model, plain = models.load(names["sit"], compile=True), models.load(names["sit"])
+    assert len(compiled) == 1 and model.network.state_dict().keys() == plain.network.state_dict().keys()
+    assert torch.equal(draw(model, ["1"], 2), draw(plain, ["1"], 2))
+    with torch.no_grad():
+        twin = model.frozen()
+        model.network.final_layer["linear"].bias.add_(1)
+    assert torch.equal(draw(twin, ["1"], 2), draw(plain, ["1"], 2)) and not torch.equal(draw(model, ["1"], 2), draw(plain, ["1"], 2))
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd3", "sit", "edm2"])

@@ -32,7 +32,7 @@ def imports(path):
 
 def test_the_modules_are_there():
     assert {"train", "sampling", "prompting", "shaping", "dist_reward", "rewards", "models", "runtime", "eval", "features", "checks",
-            "merge", "weights", "lora", "model_files", "metrics", "picture_sets", "compare", "sit", "edm2"} <= NAMES
+            "merge", "weights", "lora", "model_files", "metrics", "picture_sets", "compare", "sit", "edm2", "guards"} <= NAMES
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

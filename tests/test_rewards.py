@@ -384,7 +384,7 @@ def test_a_text_is_embedded_once_and_in_batches(published, monkeypatch):
     first = reward(IMAGES, PROMPTS, METADATA)
     texts_seen = [n for kind, n in seen if kind == "text"]
     assert sum(texts_seen) == 6 and max(texts_seen) == 2                 # six different texts
-    assert [n for kind, n in seen if kind == "picture"] == 2 * [2, 2, 2, 1]
+    assert [n for kind, n in seen if kind == "picture"] == [2, 2, 2, 2, 2, 2, 1, 1]           # for each of two terms
     seen.clear()
     again = reward(IMAGES, PROMPTS, METADATA)
     assert all(kind == "picture" for kind, _ in seen) and all(torch.equal(first[name], again[name]) for name in first)

@@ -1,0 +1,72 @@
+"""Guards: what stops a run before it does harm, on every process at once, and says where to look.
+
+A number that is none is found before the optimizer step and named: iteration, process, tensor. What fails on one process alone (a reward, a
+feature network) ends the others too, instead of leaving them to wait for it. All go on from the same iteration. The ratio of the first update is
+1, or rollout and update disagree.
+Left out: skipping the bad step and going on, which hides the cause.
+"""
+import functools
+import math
+import sys
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from runtime import gather, rank, world
+
+
+@functools.cache
+def warn(line):
+    """One line on stderr, from the first process, however often it is said."""
+    if rank() == 0:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+@contextmanager
+def together(where):
+    """What fails within the block on one process stops them all, and each names that process. No collective may stand in the block."""
+    mistake = None
+    try:
+        yield
+    except Exception as error:
+        mistake = error
+    said = [mistake and (str(mistake) or type(mistake).__name__)] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(said, said[0])
+    for process, text in enumerate(said):
+        if text:
+            kind = FloatingPointError if isinstance(mistake, FloatingPointError) else RuntimeError
+            raise kind(f"{where}, process {process}: {text}; stopped before the update") from mistake
+
+
+def check_finite(step, tensors, device):
+    """Stops every process if a number of one is none. tensors: {name: tensor, or None for none}, the same names on every process."""
+    bad = [t is not None and not t.isfinite().all() for t in tensors.values()]
+    table = gather(torch.tensor([bad], dtype=torch.uint8, device=device), world())            # [processes, tensors]
+    for process, row in enumerate(table.tolist()):
+        if any(row):
+            raise FloatingPointError(f"iteration {step + 1}, process {process}: {[*tensors][row.index(1)]} is not finite; stopped before the optimizer step")
+
+
+def check_start(out, step, device):
+    """Stops every process if they would go on from different iterations `step`: hosts that do not see the same run folder `out`."""
+    steps = gather(torch.tensor([step], device=device), world()).tolist()
+    if other := next((process for process, found in enumerate(steps) if found != steps[0]), 0):
+        raise RuntimeError(f"{out}: process 0 would go on from iteration {steps[0]}, process {other} from {steps[other]}; all hosts must see the same --out")
+
+
+def check_update(step, norm, ratio_error, tolerance, clip):
+    """Stops every process before the optimizer step when the norm of the gradients is not finite, or when the update cannot reproduce the rollouts.
+
+    ratio_error: the largest |ratio - 1| before the first step, over all processes, and `tolerance`, which it may reach; clip: that of the ratio.
+    Warns, once, of a clip below ten times that error. Raises FloatingPointError.
+    """
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"iteration {step + 1}: the norm of the gradients is not finite; stopped before the optimizer step")
+    if ratio_error > tolerance:
+        raise FloatingPointError(f"iteration {step + 1}: the ratio before the first update is off by {ratio_error:.1e}: rollout and update disagree; "
+                                 "look for dropout, stored precision, other times, other guidance or other prompt noise")
+    if ratio_error > clip / 10:
+        warn(f"the clip of the ratio, {clip:.1e}, is less than ten times the ratio's error before any update (ratio_error in metrics.jsonl), so that "
+             "rounding is clipped too; raise --clip, or take --precision float32")
