@@ -155,7 +155,7 @@ def open_checkpoints(paths, model=""):
     names = sorted(set().union(*opened))
     views = [Over(weights, base, names) for weights in opened]
     for view, weights, path in zip(views, opened, paths):
-        found = re.search(r"(\d+)-(0\.\d+)\.", Path(path).name)
+        found = re.search(r"(\d+)-(0\.\d+)(?:\.|$)", Path(path).name)          # a file of ours or of EDM2, or a folder named like it
         view.facts = {"iteration": found[1], "sigma_rel": found[2]} if found and not weights.facts.get("sigma_rel") else weights.facts
         if view.facts.get("sigma_rel"):
             check_average(path, view.facts.get("iteration"), view.facts["sigma_rel"])

@@ -492,6 +492,9 @@ def test_folders_snapshots_and_lora_files_go_together(run, tiny, tmp_path):
 def test_the_length_of_an_average_is_also_read_from_its_name(four, tmp_path):
     path = write(tmp_path / "net-0002147-0.050.safetensors", load_file(four[0]))
     assert weights.open_checkpoints([str(path)], str(Path(weights.Weights([four[0]]).facts["base"])))[1][0].facts == {"iteration": "0002147", "sigma_rel": "0.050"}
+    folder = tmp_path / "net-0002147-0.050"                              # a folder made from such a file
+    shutil.copytree(weights.Weights([four[0]]).facts["base"], folder)
+    assert weights.open_checkpoints([str(folder)])[1][0].facts == {"iteration": "0002147", "sigma_rel": "0.050"}
 
 
 LORA_A = {"proj_out.lora_A.weight": torch.ones(2, 32)}
