@@ -22,6 +22,7 @@ OFF = {"select": "all", "prompt_noise": 0, "diversity": 0}
 COMMON = {"precision": "bfloat16", "save_every": 60, "snapshot_every": 0}   # half the time on a CPU that has it, and the ratio stays exactly 1
 METHODS = {
     "plain GRPO": {"drift": "off"},
+    "plain GRPO, as long as both lines": {"drift": "off", "iterations": 100, "ema": 0.8},
     "KL 0.03": {"drift": "off", "kl": 0.03},
     "KL 0.1": {"drift": "off", "kl": 0.1},
     "KL 0.3": {"drift": "off", "kl": 0.3},

@@ -75,7 +75,7 @@ class Bench:
     who: np.ndarray                                                      # the prompt of each rollout
     table: tuple                                                         # embeddings of the prompts
     null: tuple
-    trained: list
+    trained: dict                                        # {name: parameter}
     optimizer: torch.optim.Optimizer
 
     def guided(self, guidance):
@@ -92,12 +92,12 @@ def open_bench(base, folder, options, device):
                       diversity=0.0, updates=1, grad_clip=1e9, precision=precision, reward="class" if kind == "tiny" else "jpeg",
                       diversity_features="reward" if kind == "tiny" else "latents")
     model = models.load(folder, device, args.precision)
-    trained = [p for n, p in model.network.named_parameters() if p.requires_grad_("attn" in n).requires_grad]
+    trained = {n: p for n, p in model.network.named_parameters() if p.requires_grad_("attn" in n).requires_grad}
     policy = Policy(model.path, model.path.times(args.steps), range(args.steps - 1), args.eta, args.kernel)
     prompts = read_prompts(folder / "prompts.jsonl") if (folder / "prompts.jsonl").is_file() else [Prompt(text) for text in TEXTS]
     who = draw_prompts(len(prompts), args.prompts_per_step, 0, 0).repeat(args.group_size)
     return Bench(args, model, policy, prompts, who, model.encode([p.text for p in prompts]), model.encode([""]), trained,
-                 torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0))
+                 torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0))
 
 
 def our_rollout(bench):
@@ -149,7 +149,7 @@ def peer_update(bench, samples, advantage, batch):
             mean, std = one_step(bench, latents[k, rows], k, prompt, bench.null)
             ratio = torch.exp((log_prob(latents[k + 1, rows], mean, std) - log_probs[k, rows]) / D)
             (train.clipped_loss(ratio, advantage[rows], bench.args.clip / D).sum() / log_probs.numel()).backward()
-    torch.nn.utils.clip_grad_norm_(bench.trained, bench.args.grad_clip)
+    torch.nn.utils.clip_grad_norm_(bench.trained.values(), bench.args.grad_clip)
     bench.optimizer.step()
 
 
@@ -218,7 +218,7 @@ def check_same(bench, options, noise, advantage):
     found = []
     for update in (lambda: our_update(bench, trajectory, advantage), lambda: peer_update(bench, samples, advantage, options.peer_train_batch)):
         update()
-        found.append(torch.cat([p.grad.flatten() for p in bench.trained]))
+        found.append(torch.cat([p.grad.flatten() for p in bench.trained.values()]))
     gradient, limit = far(found[1], found[0]), TOLERANCE[bench.args.precision]
     if not (pictures < limit and gradient < limit):
         raise RuntimeError(f"the loops disagree: pictures by {pictures:.1e}, gradient by {gradient:.1e}, relative; nothing was timed")

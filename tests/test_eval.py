@@ -208,9 +208,9 @@ def test_a_reward_of_a_wrong_shape_is_an_error(folder, monkeypatch):
 def test_the_classifier_of_a_reward_is_frozen(folder):
     reward = rewards.Reward("class", folder)
     assert not reward.classifier.training and not any(p.requires_grad for p in reward.classifier.parameters())
-    assert torch.equal(reward.features(IMAGES), reward.classifier.features(IMAGES)) and reward.features(IMAGES).shape == (8, 64)
-    grey = IMAGES.mean(1, keepdim=True)                                  # pictures of one channel are read too
-    torch.testing.assert_close(reward.features(grey), reward.features(IMAGES), atol=1e-5, rtol=1e-5)
+    features, grey = reward.classifier.features, IMAGES.mean(1, keepdim=True)                 # pictures of one channel are read too
+    assert features(IMAGES).shape == (8, 64)
+    torch.testing.assert_close(features(grey), features(IMAGES), atol=1e-5, rtol=1e-5)
 
 
 def test_labels_are_checked_by_line():

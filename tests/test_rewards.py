@@ -647,6 +647,6 @@ def test_a_run_with_one_s_own_reward_and_jpeg(own, tiny, tmp_path):
 def test_a_run_stops_at_a_reward_that_fails(own, tiny, tmp_path):
     with pytest.raises(RuntimeError, match="the reward broken failed: ZeroDivisionError"):
         launch(small(tiny, tmp_path / "broken", "--reward", f"{own}:broken,class"))
-    with pytest.raises(FloatingPointError, match="iteration 1: the reward hole returned a non-finite number"):
+    with pytest.raises(FloatingPointError, match="iteration 1, process 0: the reward hole returned a non-finite number"):
         launch(small(tiny, tmp_path / "hole", "--reward", f"{own}:hole,class"))
     assert not [*tmp_path.glob("*/checkpoint-*"), *tmp_path.glob("*/model")]
