@@ -642,6 +642,33 @@ def test_a_reward_that_fails_in_one_process_stops_them_all(tiny, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+LEAVING_RANK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import runtime, train
+
+leave = runtime.finish
+def finish():
+    leave()
+    names = [open("/proc/self/task/" + number + "/comm").read().strip() for number in os.listdir("/proc/self/task")]
+    print("threads:", *names)
+runtime.finish = finish
+if __name__ == "__main__":
+    train.main({argv!r})
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads the names of threads from Linux's /proc")
+def test_a_process_leaves_its_group_with_no_thread_of_it_behind(tiny, tmp_path):
+    """A thread of the group that is alive while the interpreter ends may abort a run whose work is done."""
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING_RANK.format(root=str(ROOT), argv=small(tiny, tmp_path / "run")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    ended = subprocess.run(torchrun, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("threads:") == 2 and "gloo" not in ended.stdout
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers that are none, and rollouts that the update cannot reproduce.
 
