@@ -86,7 +86,7 @@ def start(device="auto", minutes=30):
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
-        import torch._dynamo  # noqa: F401                               # by an optimizer it would come later, and hold the group and its threads to the end
+        from torch import _dynamo  # noqa: F401                          # by an optimizer it would come later, and hold the group and its threads to the end
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes))
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
