@@ -13,6 +13,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -112,10 +113,7 @@ def _merge_entry(name, state_dicts, c):
             return value.clone()
         total = c[k] * value.double() if total is None else total.add_(value.double(), alpha=c[k])
         shape, types = value.shape, types + [value.dtype]
-    wide = types[0]
-    for dtype in types[1:]:
-        wide = torch.promote_types(wide, dtype)
-    return total.to(wide)
+    return total.to(reduce(torch.promote_types, types))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,8 +215,8 @@ def members_of(update, n, M, P):
     return (torch.arange(P)[:, None] * (M // P) + slots).flatten()
 
 
-def search(args, task, blocks, fixed, log):
-    """The policy's updates, and beside each as many random vectors. -> final coefficients [B, K], {name: those of the best of each rival}.
+def search(args, task, blocks, fixed, log, interrupt):
+    """The policy's updates, each beside as many random vectors. -> final coefficients [B, K], {name: those of the best rivals}; None if stopped.
 
     Both start from the best of `fixed`, {name: coefficients [K]}, by its own M pictures.
     """
@@ -263,6 +261,8 @@ def search(args, task, blocks, fixed, log):
                   | ({"reference": task.pool.value()} if task.pool else {}) | {"coefficients": c.tolist(), "std": own["log_std"].exp().mean(1).tolist(),
                   "sum_error": (c.sum(1) - 1).abs().max().item(), "seconds": time.time() - began})
         runtime.save_checkpoint(out, update + 1, everything, None, log.lines, 2)
+        if interrupt.asked(task.model.device):
+            return None
     best = lambda among: max(among, key=worth.get)
     single, lengths = best([*fixed][:len(task.views)]), [name for name in fixed if name.startswith("EMA ")]
     chosen = {f"best single checkpoint ({single})": fixed[single], "uniform average": fixed["uniform average"]}
@@ -306,7 +306,8 @@ def main(argv=None):
     except ValueError as error:
         runtime.refuse(error)
     if args.command == "rl":
-        rl(args, folder, views, prompts, judged)
+        with runtime.writing(args.out):
+            rl(args, folder, views, prompts, judged)
     elif runtime.rank() == 0:
         lengths = numbers("sigma_rel", args.sigma_rel)
         jobs = dict(zip(map(str, lengths), sweep(views, lengths))) if args.command == "ema" else {
@@ -326,12 +327,16 @@ def rl(args, folder, views, prompts, judged):
     device, out = runtime.start(args.device), Path(args.out)
     model, base = models.load(str(folder), device, args.precision), Weights(models.network_files(folder))
     blocks = len({block_of(name) for name in views[0]}) if args.blocks else 1
-    try:
+    with runtime.refusing():                                             # how many features a function has is known only now
         task = Search(args, model, views, prompts)
-    except ValueError as error:                                          # how many features a function has is known only now
-        runtime.refuse(error)
     log = runtime.Log(out, vars(args), runtime.newest_checkpoint(out)[1]["lines"])
-    c, rows = search(args, task, blocks, rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel)), log)
+    with runtime.Interrupt() as interrupt:
+        found = search(args, task, blocks, rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel)), log, interrupt)
+    if found is None:
+        print(f"{out}: stopped by signal {interrupt.signal}; the same command goes on\n" * (runtime.rank() == 0), end="")
+        runtime.finish()
+        raise SystemExit(128 + interrupt.signal)
+    c, rows = found
     table = report(args, task, Over({}, base, list(views[0])), judged, {"base model": None} | rows | {"RL": c})
     put(model.network, merge(views, c))
     runtime.save_model(out / "model", model)

@@ -287,6 +287,15 @@ def load_checkpoint(folder, weights, optimizer=None):
 
 
 @contextmanager
+def writing(out):
+    """Within the block a full disk, or a folder that was taken away, ends the run with one line."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"error: {out}: {error}; checkpoint {newest_checkpoint(out)[1]['step']} is whole; the same command goes on from it") from None
+
+
+@contextmanager
 def swapped(weights, others):
     """Within the block the tensors of `weights` hold the values of `others` (both dicts of the same names); an empty `others` changes nothing."""
     kept = {n: weights[n].detach().clone() for n in others}

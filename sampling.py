@@ -75,6 +75,10 @@ def transition(x_t, x0_hat, eps_hat, path, t, s, eta=1.0, kernel="ancestral"):
 
     Returns mean [B, ...] and std [B, 1, ...]. At sigma_s = 0 the first two end noise-free: std = 0. The coefficients are computed
     in float64 and the step in float32. Raises ValueError for another kernel, or for flow-grpo on a path that is not a flow.
+
+    >>> x_t, x0_hat, eps_hat = torch.tensor([[0.7]]), torch.tensor([[0.4]]), torch.tensor([[1.0]])
+    >>> [round(transition(x_t, x0_hat, eps_hat, FLOW, 0.5, 0.25, eta, "cps")[1].item(), 3) for eta in (0, 0.5, 1)]    # from DDIM to all fresh noise
+    [0.0, 0.177, 0.25]
     """
     x_t, x0_hat, eps_hat = x_t.float(), x0_hat.float(), eps_hat.float()
     t, s, eta = (torch.as_tensor(v, dtype=torch.float64, device=x_t.device) for v in (t, s, eta))
@@ -220,6 +224,10 @@ def concentrated_subset(rewards, keep, rule="window", band=1.0):
     all      everything (keep = N)
     spread   the keep-subset of largest variance (PODS, arXiv 2504.13818; Pro-GRPO): the opposite, to compare with
     The abstract of DRIFT fixes neither rule nor size; these are our readings. Raises ValueError for a bad rule or size.
+
+    >>> rewards = torch.tensor([[0.1, 0.9, 0.5, 0.4, 0.6]])
+    >>> {rule: concentrated_subset(rewards, 3, rule)[0].tolist() for rule in ("window", "trim", "spread")}
+    {'window': [2, 3, 4], 'trim': [0, 2, 3], 'spread': [0, 1, 4]}
     """
     P, N = rewards.shape
     if not 1 <= keep <= N or (rule == "all" and keep != N):

@@ -333,11 +333,8 @@ def main(argv=None):
         return
     done = lambda: runtime.newest_checkpoint(args.out)[1]["step"]
     complete = done() == args.iterations
-    with runtime.Interrupt() as interrupt:
-        try:
-            complete or train(args, prompts, judged, interrupt)
-        except OSError as error:                                         # a full disk, a folder that was taken away
-            raise SystemExit(f"error: {args.out}: {error}; the last whole checkpoint is of iteration {done()}; the same command goes on from it") from None
+    with runtime.Interrupt() as interrupt, runtime.writing(args.out):
+        complete or train(args, prompts, judged, interrupt)
     if runtime.rank() == 0:
         print(f"{args.out}: stopped after iteration {done()} by signal {interrupt.signal}; the same command goes on" if interrupt.signal else
               f"{args.out}: already complete\n" * complete + runtime.before_and_after(args.out))

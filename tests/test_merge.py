@@ -2,7 +2,9 @@
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -717,6 +719,28 @@ def test_a_search_that_is_cut_off_goes_on_to_the_same_bits(rl, four, tmp_path, o
     assert read_metrics(out) == read_metrics(right) and contents(out / "model") == contents(right / "model")
     assert (out / "table.md").read_text() == (right / "table.md").read_text()
     same(load_file(out / "checkpoint-00003" / "weights.safetensors"), load_file(right / "checkpoint-00003" / "weights.safetensors"))
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+def test_a_search_that_is_asked_to_stop_saves_and_goes_on(rl, four, tmp_path, monkeypatch, capsys, signal_):
+    out, right = tmp_path / "out", rl("--reward", "fid:1,class:0.5")
+    argv = ["rl", *four, *RL, "--reward", "fid:1,class:0.5", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, merge, "policy_step", 2, lambda result, args: os.kill(os.getpid(), signal_) or result)
+        with pytest.raises(SystemExit) as stopped:
+            merge.main(argv)
+    assert stopped.value.code == 128 + signal_ and "the same command goes on" in capsys.readouterr().out
+    assert (out / "checkpoint-00002").is_dir() and not (out / "checkpoint-00003").exists() and not (out / "model").exists()
+    merge.main(argv)
+    assert read_metrics(out) == read_metrics(right) and contents(out / "model") == contents(right / "model")
+
+
+def test_a_full_disk_ends_a_search_with_one_line(four, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    at_call(monkeypatch, runtime, "save_checkpoint", 2, full)
+    with pytest.raises(SystemExit, match=r"^error: .*No space left on device.*checkpoint 2 is whole; the same command goes on"):
+        merge.main(["rl", *four, *RL, "--reward", "fid:1", "--out", str(tmp_path / "out")])
 
 
 def test_search_and_report_have_their_own_halves(rl, tiny, tmp_path):

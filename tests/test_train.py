@@ -887,7 +887,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(tiny, tmp_path
             raise OSError(28, "No space left on device")
         write(tensors, path, **rest)
     monkeypatch.setattr(runtime, "save_file", full)
-    with pytest.raises(SystemExit, match=r"error: .*run: .*No space left.*checkpoint is of iteration 1") as stopped:
+    with pytest.raises(SystemExit, match=r"error: .*run: .*No space left.*checkpoint 1 is whole") as stopped:
         launch(flags)
     assert "\n" not in stopped.value.code
     monkeypatch.setattr(runtime, "save_file", write)
