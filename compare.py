@@ -237,12 +237,12 @@ def draw_grids(files, path):
 def draw_coefficients(out, names):
     """out/coefficients.png of merge.py: the policy's mean and std over the updates, a line for each checkpoint (the mean over blocks, if there are some)."""
     plt, rows = pyplot(), [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for k, (name, line) in enumerate(zip(names, np.mean([row["coefficients"] for row in rows], 1).T)):
         axes[0].plot([row["update"] for row in rows], line, label=name, color=plt.get_cmap("turbo")((k + 0.5) / len(names)))
     axes[1].plot([row["update"] for row in rows], [row["std"] for row in rows])
     axes[0].set(xlabel="update", ylabel="mean of the policy: coefficient"), axes[1].set(xlabel="update", ylabel="its std, one line a block")
-    axes[0].legend(fontsize=6, ncol=2), figure.tight_layout()
+    axes[0].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1)), axes[1].set_ylim(bottom=0)
     runtime.write_atomic(Path(out) / "coefficients.png", lambda path: figure.savefig(path, dpi=100, format="png"))
     plt.close(figure)
 
