@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 import build_tiny
+import cost
 import distribution
 import evidence
 import merging
@@ -227,3 +228,24 @@ def test_the_merging_script_says_what_it_needs(tmp_path):
 def test_a_report_of_no_runs_says_so(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "experiments" / "evidence.py"), "--report", "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "no finished run" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs.
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{"processes": 2}, {"pixels": 64, "lora": 4, "reward": "jpeg", "diversity_features": "latents", "checkpointing": True}])
+def test_the_cost_of_a_row_is_measured(tmp_path, flags):
+    sample, train_, memory = cost.measure({"prompts_per_step": 2, "group_size": 4, "nearest": 2, "steps": 4, "window": "0:2"} | flags, tmp_path)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert 0 < sample < 60 and 0 < train_ < 60 and 0.1 < memory < 20 and all(config[name] == value for name, value in flags.items() if name in config)
+    assert "pixels" not in flags or models.load(str(tmp_path / "base")).shape == (4, 8, 8)
+
+
+def test_every_row_of_the_cost_is_a_command_that_train_accepts(capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a boot\na bag\n")
+    for common, rows in list(cost.PARTS.values())[:2]:
+        for row in rows:
+            flags = {name: value for name, value in (common | row).items() if name != "processes"}
+            launch([*cost.SHORT, *evidence.command_line(flags), "--out", str(tmp_path / "run"), "--dry_run"])
+            assert "rollouts of" in capsys.readouterr().out
