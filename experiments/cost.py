@@ -24,7 +24,7 @@ from evidence import command_line  # noqa: E402
 SHORT = "--device cpu --iterations 5 --eval_every 5 --eval_images 20 --eval_steps 1 --snapshot_every 0".split()
 FID = {"reward": "class:1,fid:0.3"}
 PARTS = {                                                                # title: (flags of the part's rows, what each row changes; the first is the measure)
-    "the default base": ({}, [{}, {"group_size": 32}, {"group_size": 64}, {"steps": 16}, {"window": "0:8"}, {"kl": 0.1}, {"passes": 2}, {"guidance": 2.0},
+    "the default base": ({}, [{}, {"group_size": 32}, {"group_size": 64}, {"steps": 16}, {"window": "0:7"}, {"kl": 0.1}, {"passes": 2}, {"guidance": 2.0},
                               {"precision": "bfloat16"}, {"checkpointing": True}, {"processes": 2}]),
     "with the FID reward": (FID, [{}, {"reference": 2560}, {"reference": 10240}, {"price": "quadratic"}, {"price": "exact", "replace": 1},
                                   {"reference": 10240, "price": "exact", "replace": 1}]),
@@ -51,8 +51,9 @@ def measure(flags, folder):
         argv += ["--model", base_of(pixels, f"{folder}/base"), "--prompts", str(prompts)]
     argv += command_line(flags)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    subprocess.run([sys.executable, *torchrun, "train.py", *argv], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, *torchrun, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"failed: train.py {' '.join(argv)}\n{done.stderr}")
     rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()][2:]
     return (*(statistics.median(row[f"seconds_{part}"] for row in rows) for part in ("sample", "train")), rows[-1]["peak_memory_gb"])
 
