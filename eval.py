@@ -48,7 +48,7 @@ class Args:
     out: str = ""                                   # to write: folder or .npz (images), .json (score, optional), .png (compare, optional; grid)
     # images and score
     n: int = 0                                      # pictures, a multiple of the prompts (default: 1000 of a model, all of a folder or .npz)
-    prompts: str = ""                               # (default: the model folder's eval_prompts.jsonl; of pictures: what their config.json says)
+    prompts: str = ""                               # what is drawn (default: the model folder's eval_prompts.jsonl; of pictures: what their config.json says)
     seed: int = 0                                   # of the pictures' noise, and of the resampling
     steps: int = 10                                 # deterministic sampling steps, of a model
     guidance: float = 1.0                           # classifier-free guidance, of a model

@@ -61,7 +61,7 @@ class Args:
     target: str = ""                                # real pictures of the search (default: one half, the model folder's real-1.npz)
     images: int = 210                               # pictures of each coefficient vector; a multiple of the prompts
     reference: int = 1050                           # M, pictures of the mean's in the reference, of which `images` are replaced
-    prompts: str = ""                               # (default: the model folder's prompts.jsonl)
+    prompts: str = ""                               # what is drawn (default: the model folder's prompts.jsonl)
     # rl: the table
     report_target: str = ""                         # real pictures of the table (default: the other half, real-2.npz)
     report_images: int = 5000                       # pictures of each row, at noise that no search has seen

@@ -33,10 +33,10 @@ from safetensors.torch import load_file, save_file
 # Command line.
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each flag that has one, and the file's header as it stands."""
+    """Defaults behind each flag that has one and does not say it itself, and the file's header as it stands."""
 
     def _get_help_string(self, action):
-        return action.help if action.default == "" else super()._get_help_string(action)
+        return action.help if action.default == "" or "(default" in action.help else super()._get_help_string(action)
 
 
 def parse_args(cls, description, argv=None):
