@@ -398,7 +398,7 @@ def test_a_disk_that_is_full_leaves_one_line_and_a_run_that_goes_on(tiny, tmp_pa
         launch(small(tiny, folder / "run", *flags))
     line = str(stopped.value.code)
     saved = [int(p.name[11:]) for p in (folder / "run").glob("checkpoint-*")]
-    assert line.startswith("error: ") and "\n" not in line and "space" in line.lower() and saved and f"of iteration {max(saved)}" in line
+    assert line.startswith("error: ") and "\n" not in line and "space" in line.lower() and saved and f"checkpoint {max(saved)} is whole" in line
     enlarge()
     launch(small(tiny, folder / "run", *flags)), launch(small(tiny, tmp_path / "whole", *flags))
     assert_ended_alike(folder / "run", tmp_path / "whole")
