@@ -2,7 +2,7 @@
 
 A number that is none is found before the optimizer step and named: iteration, process, tensor. What fails on one process alone (a reward, a
 feature network) ends the others too, instead of leaving them to wait for it. All go on from the same iteration. The ratio of the first update is
-1, or rollout and update disagree.
+1, or rollout and update disagree. A full disk is one line, and costs no more than what came after the last checkpoint.
 Left out: skipping the bad step and going on, which hides the cause.
 """
 import functools
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from runtime import gather, rank, world
+from runtime import gather, newest_checkpoint, rank, world
 
 
 @functools.cache
@@ -38,6 +38,15 @@ def together(where):
         if text:
             kind = FloatingPointError if isinstance(mistake, FloatingPointError) else RuntimeError
             raise kind(f"{where}, process {process}: {text}; stopped before the update") from mistake
+
+
+@contextmanager
+def writing(out):
+    """Within the block a full disk, or a folder that was taken away, ends the run with one line."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"error: {out}: {error}; checkpoint {newest_checkpoint(out)[1]['step']} is whole; the same command goes on from it") from None
 
 
 def check_finite(step, tensors, device):

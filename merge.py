@@ -306,7 +306,7 @@ def main(argv=None):
     except ValueError as error:
         runtime.refuse(error)
     if args.command == "rl":
-        with runtime.writing(args.out):
+        with guards.writing(args.out):
             rl(args, folder, views, prompts, judged)
     elif runtime.rank() == 0:
         lengths = numbers("sigma_rel", args.sigma_rel)
@@ -333,9 +333,7 @@ def rl(args, folder, views, prompts, judged):
     with runtime.Interrupt() as interrupt:
         found = search(args, task, blocks, rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel)), log, interrupt)
     if found is None:
-        print(f"{out}: stopped by signal {interrupt.signal}; the same command goes on\n" * (runtime.rank() == 0), end="")
-        runtime.finish()
-        raise SystemExit(128 + interrupt.signal)
+        interrupt.leave(out)
     c, rows = found
     table = report(args, task, Over({}, base, list(views[0])), judged, {"base model": None} | rows | {"RL": c})
     put(model.network, merge(views, c))

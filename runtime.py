@@ -114,6 +114,13 @@ class Interrupt:
             self.signal = asked
         return asked > 0
 
+    def leave(self, out):
+        """Ends the process as a shell expects of one that a signal has stopped."""
+        if rank() == 0:
+            print(f"{out}: stopped after checkpoint {newest_checkpoint(out)[1]['step']} by signal {self.signal}; the same command goes on")
+        finish()
+        raise SystemExit(128 + self.signal)
+
 
 def check_equal(weights, device):
     """Raises RuntimeError if the processes do not hold the same weights: a sum of each tensor is compared."""
@@ -284,15 +291,6 @@ def load_checkpoint(folder, weights, optimizer=None):
             tensor.copy_(saved[name])
         if optimizer:
             optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-
-
-@contextmanager
-def writing(out):
-    """Within the block a full disk, or a folder that was taken away, ends the run with one line."""
-    try:
-        yield
-    except OSError as error:
-        raise SystemExit(f"error: {out}: {error}; checkpoint {newest_checkpoint(out)[1]['step']} is whole; the same command goes on from it") from None
 
 
 @contextmanager

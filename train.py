@@ -331,16 +331,14 @@ def main(argv=None):
         print(json.dumps(vars(args)), plan(args, prompts), sep="\n", flush=True)
     if args.dry_run:
         return
-    done = lambda: runtime.newest_checkpoint(args.out)[1]["step"]
-    complete = done() == args.iterations
-    with runtime.Interrupt() as interrupt, runtime.writing(args.out):
+    complete = runtime.newest_checkpoint(args.out)[1]["step"] == args.iterations
+    with runtime.Interrupt() as interrupt, guards.writing(args.out):
         complete or train(args, prompts, judged, interrupt)
-    if runtime.rank() == 0:
-        print(f"{args.out}: stopped after iteration {done()} by signal {interrupt.signal}; the same command goes on" if interrupt.signal else
-              f"{args.out}: already complete\n" * complete + runtime.before_and_after(args.out))
-    runtime.finish()
     if interrupt.signal:
-        raise SystemExit(128 + interrupt.signal)
+        interrupt.leave(args.out)
+    if runtime.rank() == 0:
+        print(f"{args.out}: already complete\n" * complete + runtime.before_and_after(args.out))
+    runtime.finish()
 
 
 if __name__ == "__main__":

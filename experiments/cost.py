@@ -61,8 +61,9 @@ def measure(flags, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--only", default="", help="one part, by the beginning of its name")
+    only = parser.parse_args().only
     for title, (common, rows) in PARTS.items():
-        if not title.startswith(parser.parse_args().only):
+        if not title.startswith(only):
             continue
         print(f"\n| {title} | rollout, s | update, s | together, times the first | GB |\n|---|---|---|---|---|", flush=True)
         first = None

@@ -591,7 +591,8 @@ def test_arrays_of_either_numpy_are_passed_over(tmp_path, monkeypatch):
     exec("def _reconstruct(*args):\n    raise SystemExit", old.__dict__)
     monkeypatch.setitem(sys.modules, "numpy.core.multiarray", old)
     evil = Reduce(old._reconstruct, (np.ndarray, (0,), b"b"), (1, (2,), np.dtype("f4"), False, b"12345678"))
-    edm2.read_pickle(write(tmp_path / "a.pkl", beside([evil, np.ones(3), np.float64(2), np.random.rand(4, 4).T])))
+    state = edm2.read_pickle(write(tmp_path / "a.pkl", beside([evil, np.ones(3), np.float64(2), np.random.rand(4, 4).T])))
+    assert state.keys() == build().state_dict().keys()
 
 
 @pytest.mark.parametrize("constant, value", [("sigma_data", 1.0), ("res_balance", 0.5), ("attn_balance", 0.1), ("clip_act", None),

@@ -92,7 +92,8 @@ def test_a_merge_of_the_readme_runs(place, monkeypatch, line):
     argv = arguments(line)
     merge.main(argv + (SEARCH + "--images 30 --reference 60 --report_images 20".split() if argv[0] == "rl" else []))
     out = Path(argv[argv.index("--out") + 1])
-    models.load(str(out / "model" if argv[0] == "rl" else out))
+    made, base = (models.load(str(folder)).network.state_dict() for folder in (out / "model" if argv[0] == "rl" else out, "assets/tiny"))
+    assert made.keys() == base.keys() and any(not torch.equal(made[name], base[name]) for name in base)
 
 
 def few_features(images):

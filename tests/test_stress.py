@@ -328,7 +328,7 @@ def test_a_signal_to_torchrun_saves_and_ends(tiny, tmp_path):
     out, _ = process.communicate(timeout=60)
     saved, = (tmp_path / "run").glob("checkpoint-*")
     state = json.loads((saved / "state.json").read_text())
-    assert f"stopped after iteration {state['step']} by signal 15" in out and state["step"] == int(saved.name[11:]) >= 3
+    assert f"stopped after checkpoint {state['step']} by signal 15" in out and state["step"] == int(saved.name[11:]) >= 3
     assert len(read_metrics(tmp_path / "run")) == state["lines"] == state["step"] + 1
 
 

@@ -870,7 +870,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(train, "update", signalled)
     with pytest.raises(SystemExit) as stopped:
         launch(flags("stopped"))
-    assert stopped.value.code == 128 + signal_ and "stopped after iteration 2" in capsys.readouterr().out
+    assert stopped.value.code == 128 + signal_ and "stopped after checkpoint 2" in capsys.readouterr().out
     assert [p.name for p in tmp_path.glob("stopped/checkpoint-*")] == ["checkpoint-00002"] and not (tmp_path / "stopped" / "model").exists()
     monkeypatch.setattr(train, "update", update)
     launch(flags("stopped"))
