@@ -301,7 +301,7 @@ def worker(base, options):
         dist.barrier()
     if runtime.rank() == 0:
         alone, shared = (statistics.median(seconds[name][1:]) for name in ("alone", "all"))
-        print(f"\n{Path(base).name}: an iteration takes one process {alone:.2f} s, {runtime.world()} processes {shared:.2f} s, one thread each: "
+        print(f"\n{Path(base).name}: an iteration takes one process {alone:.3g} s, {runtime.world()} processes {shared:.3g} s, one thread each: "
               f"x {ratio(seconds['alone'][1:], seconds['all'][1:]):.2f}", flush=True)
     runtime.finish()
 
