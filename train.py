@@ -193,12 +193,14 @@ def sample_groups(args, model, policy, table, null, reward, measure, look, promp
 
 
 def update(args, model, reference, policy, null, optimizer, weights, trajectory, index, advantage, step):
-    """TRAIN: clipped policy gradient on the kept (rollout, step) pairs, shuffled, in `updates` optimizer steps a pass -> metrics."""
+    """TRAIN: clipped policy gradient on the kept (rollout, step) pairs, in `updates` optimizer steps a pass -> metrics. Their order is
+    random, but every optimizer step sees each rollout equally often: less noise, and equal work for the processes."""
     W, D, samples = len(policy.window), math.prod(model.shape), runtime.share(args.prompts_per_step * args.group_size)
     kept = (torch.arange(len(index))[:, None] * args.group_size + index.cpu()).flatten().to(model.device)      # sample numbers [P K]
     advantage = advantage.float().reshape(W, -1).to(model.device)                             # [W, P K]
-    shuffle, totals, ratio_error, norm = np.random.default_rng([ORDER_STREAM, args.seed, step]), 0, 0.0, 0.0
-    chunks = [c for _ in range(args.passes) for c in torch.as_tensor(shuffle.permutation(advantage.numel()), device=model.device).chunk(args.updates)]
+    random, grid, totals, ratio_error, norm = np.random.default_rng([ORDER_STREAM, args.seed, step]), np.arange(advantage.numel()), 0, 0.0, 0.0
+    deal = lambda: random.permuted(random.permuted(grid.reshape(W, -1), axis=0), axis=1)      # the steps of each rollout, then the rollouts
+    chunks = [c for _ in range(args.passes) for c in torch.as_tensor(deal(), device=model.device).flatten().chunk(args.updates)]
     for n, chunk in enumerate(chunks):
         optimizer.zero_grad()
         tally = torch.zeros(4, dtype=torch.float64, device=model.device)
