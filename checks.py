@@ -56,6 +56,7 @@ def check(args, default):
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     rollouts, processes = args.prompts_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
     need(processes <= rollouts, f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share")
+    check_shard(args, processes, end - first)
     folder = models.check(args.model)
     check_guide(args)
     if args.snapshot_every:
@@ -88,6 +89,21 @@ def check(args, default):
          f"--eval_images {args.eval_images}: must be a multiple of the {len(judged)} prompts of {args.eval_prompts}, two each at least")
     runtime.open_run(args.out, vars(args), free=("out", "dry_run"))
     return args, prompts, judged
+
+
+def check_shard(args, processes, stochastic):
+    """Raises ValueError unless the processes of --shard can take the same forwards, each with its equal share."""
+    if not args.shard:
+        return
+    if processes < 2:
+        raise ValueError("--shard: one process has nobody to share with; torchrun --nproc_per_node 2 train.py, or more")
+    if flag := ("lora" * bool(args.lora) or "compile" * args.compile):
+        raise ValueError(f"--shard: does not go with --{flag}" + "; a LoRA's gradients and optimizer are small" * (flag == "lora"))
+    for name in ("prompts_per_step", "eval_images") + ("reference",) * bool({*parse(args.reward)} & {*DISTRIBUTION}):
+        if getattr(args, name) % processes:
+            raise ValueError(f"--{name} {getattr(args, name)}: with --shard, must be a multiple of the {processes} processes, whose work must be equal")
+    if stochastic % args.updates:
+        raise ValueError(f"--updates {args.updates}: with --shard, must divide the {stochastic} steps of --window, so that the processes' work is equal")
 
 
 def check_guide(args):

@@ -2,7 +2,8 @@
 
 A number that is none is found before the optimizer step and named: iteration, process, tensor. What fails on one process alone (a reward, a
 feature network) ends the others too, instead of leaving them to wait for it. All go on from the same iteration. The ratio of the first update is
-1, or rollout and update disagree. A full disk is one line, and costs no more than what came after the last checkpoint.
+1, or rollout and update disagree; a compiled network has the plain one's gradient. A full disk is one line, and costs no more than what came
+after the last checkpoint.
 Left out: skipping the bad step and going on, which hides the cause.
 """
 import functools
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from runtime import gather, newest_checkpoint, rank, world
+from sharding import local
 
 
 @functools.cache
@@ -51,7 +53,7 @@ def writing(out):
 
 def check_finite(step, tensors, device):
     """Stops every process if a number of one is none. tensors: {name: tensor, or None for none}, the same names on every process."""
-    bad = [t is not None and not t.isfinite().all() for t in tensors.values()]
+    bad = [t is not None and not local(t).isfinite().all() for t in tensors.values()]
     table = gather(torch.tensor([bad], dtype=torch.uint8, device=device), world())            # [processes, tensors]
     for process, row in enumerate(table.tolist()):
         if any(row):
@@ -79,3 +81,18 @@ def check_update(step, norm, ratio_error, tolerance, clip):
     if ratio_error > clip / 10:
         warn(f"the clip of the ratio, {clip:.1e}, is less than ten times the ratio's error before any update (ratio_error in metrics.jsonl), so that "
              "rounding is clipped too; raise --clip, or take --precision float32")
+
+
+def check_compiled(model, prompt, trained):
+    """Raises ValueError if the gradient of the parameters `trained` is another when the network is compiled: compilers err, and no ratio shows it.
+
+    prompt: embeddings [B, ...], of which the first is looked at."""
+    x, t = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0)).to(model.device), model.path.times(4)[1:3].float().to(model.device)
+    trained, prompt, found = list(trained), tuple(y[:1].expand(2, *y.shape[1:]) for y in prompt), []
+    call = model.network._compiled_call_impl
+    for model.network._compiled_call_impl in (None, call):
+        grads = torch.autograd.grad((model(x, t, prompt)[0] * x).mean(), trained, allow_unused=True)
+        found.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(trained, grads)]))
+    error = ((found[1] - found[0]).norm() / found[0].norm()).item()
+    if not error < (0.1 if model.precision == "bfloat16" else 1e-3):
+        raise ValueError(f"--compile: torch.compile gets the gradient of this network wrong here, by {error:.1%} of its length; leave it out")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edm2 import Layer
+from sharding import whole
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",       # attention of diffusers
            "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",                         # and its feed-forward
@@ -99,8 +100,10 @@ def lora_off(network):
 
 @torch.no_grad()
 def merged(network):
-    """The network's state dict with every LoRA folded in: the base's names, and copies of its tensors. Without a LoRA: all as it is."""
-    state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items() if ".lora_" not in name}
+    """The network's state dict with every LoRA folded in: the base's names, and copies of its tensors. Without a LoRA: all as it is.
+
+    Of a network in pieces (sharding.py), whole tensors on the first process; the others must come here too."""
+    state = {name: whole(tensor).detach().clone() for name, tensor in network.state_dict().items() if ".lora_" not in name}
     for name, layer in changed(network).items():
         state[name + ".weight"] += change(layer)
     return state

@@ -45,39 +45,27 @@ def load(name, device="cpu", precision="float32", checkpointing=False, decode_ba
     kind, folder, file, guide = locate(name)
     adapter = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3, "sit": SiT, "edm2": EDM2}[kind]
     model = adapter(file or folder, torch.device(device), precision, decode_batch, *([guide] if guide else []))
-    if checkpointing:
-        recompute(model.network)
     if compile:
+        model.compiled = True
         model.network.compile()
+    if checkpointing:
+        recompute(model.network, model.attention)
     return model
 
 
-def check_compiled(model, prompt, trained):
-    """Raises ValueError if the gradient of the parameters `trained` is another when the network is compiled: compilers err, and no ratio shows it.
-
-    prompt: embeddings [B, ...], of which the first is looked at."""
-    x, t = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(0)).to(model.device), model.path.times(4)[1:3].float().to(model.device)
-    trained, prompt, found = list(trained), tuple(y[:1].expand(2, *y.shape[1:]) for y in prompt), []
-    call = model.network._compiled_call_impl
-    for model.network._compiled_call_impl in (None, call):
-        grads = torch.autograd.grad((model(x, t, prompt)[0] * x).mean(), trained, allow_unused=True)
-        found.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(trained, grads)]))
-    error = ((found[1] - found[0]).norm() / found[0].norm()).item()
-    if not error < (0.1 if model.precision == "bfloat16" else 1e-3):
-        raise ValueError(f"--compile: torch.compile gets the gradient of this network wrong here, by {error:.1%} of its length; leave it out")
-
-
-def recompute(network):
-    """Has a network keep only what goes into its blocks, and compute their activations again in the backward."""
+def recompute(network, attention=nullcontext):
+    """Has a network keep only what goes into its blocks, and compute their activations again in the backward, within attention()."""
+    within = {} if isinstance(attention(), nullcontext) else {"context_fn": lambda: (nullcontext(), attention())}    # no compiler takes one
+    again = functools.partial(checkpoint, use_reentrant=False, **within)
     blocks = [module for module in network.modules() if isinstance(module, (sit.Block, edm2.Block))]
     for block in blocks:
-        block.forward = functools.partial(_recomputed, block.forward)    # a bound method in a partial: deepcopy binds it to the copy
+        block.forward = functools.partial(_recomputed, again, block.forward)    # a bound method in a partial: deepcopy binds it to the copy
     if not blocks:
-        network.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing(again)
 
 
-def _recomputed(forward, *inputs):
-    return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+def _recomputed(again, forward, *inputs):
+    return again(forward, *inputs) if torch.is_grad_enabled() else forward(*inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,16 +104,19 @@ def _from_velocity(x_t, t, v):
 
 class Generator:
     """What the bases share. Each adds network, path, shape, __call__, embed (a few texts at a time), picture (of latents) and save."""
-    initial_std, encoders, vae = 1.0, None, None
+    initial_std, encoders, vae, compiled = 1.0, None, None, False
 
     def __init__(self, folder, device, precision, decode_batch):
         self.folder, self.device, self.precision, self.decode_batch, self.known = folder, device, precision, decode_batch, {}
 
+    def attention(self):
+        """A CPU's fused attention is slow in bfloat16, its backward takes twice the time of all the rest: there, the formula itself."""
+        slow = self.precision == "bfloat16" and self.device.type == "cpu" and not self.compiled
+        return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+
     @contextmanager
     def autocast(self):
-        """The precision of a forward. On a CPU the fused attention is slow in bfloat16: its backward takes twice the time of all the rest."""
-        low = self.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=low), sdpa_kernel(SDPBackend.MATH) if low and self.device.type == "cpu" else nullcontext():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"), self.attention():
             yield
 
     @torch.no_grad()
@@ -133,18 +124,19 @@ class Generator:
         """-> tuple of prompt embeddings [B, ...], float32. The empty text is the null prompt of guidance.
 
         Raises RuntimeError for a text that forget_text_encoders did not keep; where prompts are classes, ValueError for a text that is none."""
-        if self.encoders == []:
-            if unknown := [text for text in texts if text not in self.known]:
-                raise RuntimeError(f"the text encoders have been forgotten, and what they made of {unknown[0]!r} was not kept")
+        unknown = [text for text in texts if text not in self.known]
+        if not unknown:
             return tuple(torch.stack(found) for found in zip(*(self.known[text] for text in texts)))
+        if self.encoders == []:
+            raise RuntimeError(f"the text encoders have been forgotten, and what they made of {unknown[0]!r} was not kept")
         return tuple(torch.cat(found).float() for found in zip(*(self.embed(texts[i:i + 64]) for i in range(0, len(texts), 64))))
 
     def forget_text_encoders(self, texts=()):
-        """Frees their memory, also that of frozen copies, and keeps what they make of `texts`: encode still knows these."""
-        if self.encoders:
+        """Frees their memory, also that of frozen copies, and keeps what they (or a network that embeds classes itself) make of `texts`."""
+        if self.encoders != []:
             texts = list(dict.fromkeys(texts))
             self.known.update(zip(texts, zip(*self.encode(texts))) if texts else ())
-            self.encoders.clear()                                        # in place: copies share the list
+            self.encoders and self.encoders.clear()                      # in place: copies share the list
 
     def decode(self, latents):
         """latents [B, *shape] -> pictures [B, 3, H, W] in [0, 1], float32, `decode_batch` at a time."""
@@ -158,17 +150,21 @@ class Generator:
         twin.network = copy.deepcopy(self.network).requires_grad_(False)
         return twin
 
-    def save_pipeline(self, folder, part):
+    def weights(self):
+        """What `save` writes of the network; every process must come here if it is dealt to them (sharding.py)."""
+        return merged(self.network)
+
+    def save_pipeline(self, folder, part, weights):
         """Everything the base folder holds, with the network as it is now (float32, LoRA folded in), so that it loads like the base."""
         shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(part, "*.bin", "*.ckpt", "*.fp16*", ".git", ".cache"))
         self.network.save_config(Path(folder) / part)
-        save_file(merged(self.network), Path(folder) / part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        save_file(weights or self.weights(), Path(folder) / part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         index = read_json(self.folder / "model_index.json")
         absent = [name for name in named_parts(self.folder) if not (Path(folder) / name).is_dir()]        # the safety checker of a hub id, say
         if absent:
             (Path(folder) / "model_index.json").write_text(json.dumps(index | dict.fromkeys(absent, [None, None]), indent=2))
 
-    def save_own(self, folder, kind, facts):
+    def save_own(self, folder, kind, facts, weights):
         """KIND.safetensors, the network as it is now (float32, LoRA folded in), and copies of what lies beside the base's file."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for path in (self.folder / name for name in BESIDE):
@@ -176,7 +172,7 @@ class Generator:
                 shutil.copytree(path, Path(folder) / path.name, dirs_exist_ok=True)
             elif path.is_file():
                 shutil.copyfile(path, Path(folder) / path.name)
-        save_file(merged(self.network), Path(folder) / f"{kind}.safetensors", {name: str(value) for name, value in facts.items()})
+        save_file(weights or self.weights(), Path(folder) / f"{kind}.safetensors", {name: str(value) for name, value in facts.items()})
 
     def class_ids(self, texts, classes):
         """Class ids as texts, or names of classes.txt -> integers [B]; the empty text -> `classes`, the null label. Raises ValueError."""
@@ -221,8 +217,8 @@ class StableDiffusion(Generator):
     def picture(self, z):
         return self.vae.decode(z / self.vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
 
-    def save(self, folder):
-        self.save_pipeline(folder, "unet")
+    def save(self, folder, weights=None):
+        self.save_pipeline(folder, "unet", weights)
 
 
 class StableDiffusion3(Generator):
@@ -277,8 +273,8 @@ class StableDiffusion3(Generator):
         config = self.vae.config
         return self.vae.decode(z / config.scaling_factor + (config.shift_factor or 0), return_dict=False)[0] / 2 + 0.5
 
-    def save(self, folder):
-        self.save_pipeline(folder, "transformer")
+    def save(self, folder, weights=None):
+        self.save_pipeline(folder, "transformer", weights)
 
 
 class SiT(Generator):
@@ -303,8 +299,8 @@ class SiT(Generator):
     def picture(self, z):
         return self.vae.decode(z / 0.18215, return_dict=False)[0] / 2 + 0.5
 
-    def save(self, folder):
-        self.save_own(folder, "sit", {"num_heads": self.network.blocks[0].heads})
+    def save(self, folder, weights=None):
+        self.save_own(folder, "sit", {"num_heads": self.network.blocks[0].heads}, weights)
 
 
 class EDM2(Generator):
@@ -340,7 +336,7 @@ class EDM2(Generator):
     def picture(self, z):
         return self.vae.decode(edm2.latents_to_vae(z), return_dict=False)[0]
 
-    def save(self, folder):
-        self.save_own(folder, "edm2", {"channels_per_head": self.network.channels_per_head})
+    def save(self, folder, weights=None):
+        self.save_own(folder, "edm2", {"channels_per_head": self.network.channels_per_head}, weights)
         if self.guide_network:
             edm2.save(self.guide_network, Path(folder) / "guide.safetensors")

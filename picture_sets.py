@@ -32,7 +32,7 @@ EVAL_STREAM = 2                                                          # keeps
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing.
 
-@torch.inference_mode()
+@torch.no_grad()                                                         # in inference_mode, --shard would gather weights for it alone
 def stream(model, prompts, n, numbers, steps, guidance, key, batch):
     """The pictures `numbers` of P prompts, n each, by the deterministic sampler: yields (numbers [B], pictures [B, 3, H, W]). Picture i has
     prompt i // n, and noise that is a function of (key, i) alone."""

@@ -28,6 +28,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sharding import load_state, piece, whole, whole_state
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line.
@@ -245,11 +247,13 @@ def open_run(out, config, free=()):
 
 def save_checkpoint(out, step, weights, optimizer, lines, keep):
     """checkpoint-NNNNN/: weights.safetensors, optimizer.pt (if there is one), state.json (step, and how many lines of metrics.jsonl belong to it)."""
+    weights, state = {k: whole(v.detach()) for k, v in weights.items()}, optimizer and whole_state(optimizer)
+
     def write(folder):
         folder.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / "weights.safetensors")
-        if optimizer:
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / "weights.safetensors")
+        if state:
+            torch.save(state, folder / "optimizer.pt")
         (folder / "state.json").write_text(json.dumps({"step": step, "lines": lines}))
     if rank() == 0:
         write_atomic(Path(out) / f"checkpoint-{step:05d}", write)
@@ -258,8 +262,9 @@ def save_checkpoint(out, step, weights, optimizer, lines, keep):
 
 
 def save_model(folder, model):
+    weights = model.weights()
     if rank() == 0:
-        write_atomic(folder, model.save)
+        write_atomic(folder, lambda path: model.save(path, weights))
 
 
 def checkpoints(out):
@@ -288,22 +293,9 @@ def load_checkpoint(folder, weights, optimizer=None):
     with undamaged(folder), torch.no_grad():
         saved = load_file(folder / "weights.safetensors")
         for name, tensor in weights.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(piece(saved[name], tensor))
         if optimizer:
-            optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-
-
-@contextmanager
-def swapped(weights, others):
-    """Within the block the tensors of `weights` hold the values of `others` (both dicts of the same names); an empty `others` changes nothing."""
-    kept = {n: weights[n].detach().clone() for n in others}
-    try:
-        with torch.no_grad():
-            [weights[n].copy_(v) for n, v in others.items()]
-        yield
-    finally:
-        with torch.no_grad():
-            [weights[n].copy_(v) for n, v in kept.items()]
+            load_state(optimizer, torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
 
 
 class Log:

@@ -9,7 +9,6 @@ arXiv 2505.05470; DRIFT, arXiv 2601.12401). Simplifications, on purpose:
   1. no critic: a rollout's advantage is its reward against its group's mean;    2. no replay: rollouts are used once and dropped;
   3. randomness is a function of (seed, step, sample), so nothing random is saved;    4. no learning-rate decay, no loss scaling.
 """
-import dataclasses
 import json
 import math
 import time
@@ -34,8 +33,9 @@ from features import load_features, open_pool
 from prompting import draw_prompts, noised_prompt
 from rewards import Reward
 from sampling import Policy, concentrated_subset, log_prob, rollout, seeded_noise
+from sharding import clip_gradients, shard
 from shaping import gardo, group_advantage, group_diversity, shaped_returns
-from weights import EMA_LENGTHS, power_decay, save_snapshots
+from weights import EMA_LENGTHS, power_decay, save_snapshots, swapped
 
 ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3                 # 2 is the evaluation's: no two draws share their noise
 
@@ -112,6 +112,7 @@ class Args:
     reward_batch: int = 0                           # pictures that rewards and features look at, at once; 0: as --batch
     checkpointing: bool = False                     # recompute activations in the backward instead of keeping them
     offload: bool = False                           # keep the rollouts in the memory of the CPU until the update asks for them
+    shard: bool = False                             # deal weights, gradients and optimizer over the processes (FSDP), if training fits no single one
     compile: bool = False                           # torch.compile the network; the first ratio is then 1 to rounding, not exactly
     precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' forwards; step and log-probs are float32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
@@ -157,7 +158,7 @@ def explore(args, model, policy, table, null, who, samples, key):
     return rollout(model, policy, condition, noise[:, 0] * model.initial_std, noise[:, 1:], null, args.batch, "cpu" if args.offload else None)
 
 
-@torch.inference_mode()
+@torch.no_grad()                                                         # in inference_mode, --shard would gather weights for it alone
 def fresh_reference(args, model, policy, table, null, measure, step):
     """Features [M, D] of M new rollouts, all prompts in turn: what the distribution-wise reward starts from."""
     mine, found = runtime.share(args.reference), []
@@ -221,10 +222,10 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
             tally += torch.stack([loss.sum(), kl.sum(), (error > args.clip / D).sum(), torch.ones_like(loss).sum()]).detach().double()
             ratio_error = max(ratio_error, error.max().item()) if n == 0 else ratio_error
         guards.check_finite(step, {"an advantage": advantage, "the loss": tally, **{f"the gradient of {n}": p.grad for n, p in weights.items()}}, model.device)
-        runtime.sum_gradients(weights.values())
-        totals, norm = totals + runtime.all_sum(tally), torch.nn.utils.clip_grad_norm_(weights.values(), args.grad_clip).item()
+        args.shard or runtime.sum_gradients(weights.values())
+        totals, norm = totals + runtime.all_sum(tally), clip_gradients(weights.values(), args.grad_clip)
         ratio_error = runtime.all_max(ratio_error, model.device) if n == 0 else ratio_error
-        tolerance = (1e-5 if args.precision == "float32" else 1e-4) * (1 + 2 * abs(args.guidance - 1))        # guidance magnifies rounding
+        tolerance = {"float32": 1e-5, "bfloat16": 1e-3 if args.compile else 1e-4}[args.precision] * (1 + 2 * abs(args.guidance - 1))     # measured
         guards.check_update(step, norm, ratio_error, tolerance, args.clip / D)
         optimizer.step()
     loss, kl, clipped, count = totals.tolist()
@@ -243,7 +244,7 @@ def open_all(args, prompts, judged, device):
         table, null = model.encode([p.text for p in prompts]), model.encode([""])
         weights = add_lora(model.network, args.lora, args.lora, seed=args.seed) if args.lora else {
             n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
-        args.compile and models.check_compiled(model, table, weights.values())
+        args.compile and guards.check_compiled(model, table, weights.values())
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
         look = None if args.diversity_features == "latents" else load_features(args.diversity_features, model.folder, device)
         blank, kind = model.decode(torch.zeros(1, *model.shape, device=device)), reward.distribution
@@ -257,6 +258,8 @@ def train(args, prompts, judged, interrupt):
     model, weights, table, null, reward, look, pool, measure, target = open_all(args, prompts, judged, device)
     policy = Policy(model.path, model.path.times(args.steps), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
     reference = model.frozen() if args.kl and not args.lora else None
+    weights = {n: p for n, p in shard(model.network).items() if n in weights} if args.shard else weights
+    args.shard and reference and shard(reference.network)
     averages = {key: {n: p.detach().clone() for n, p in weights.items()} for key in ("ema",) * (args.ema > 0) + EMA_LENGTHS * (args.snapshot_every > 0)}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     everything = weights | {f"average.{key}.{n}": v for key, tensors in averages.items() for n, v in tensors.items()} | (pool.state() if pool else {})
@@ -271,7 +274,7 @@ def train(args, prompts, judged, interrupt):
     judge = evaluation.Judge(model.folder, name, device) if (model.folder / name).is_dir() else None
 
     def judged_now(iteration):
-        with runtime.swapped(weights, averages.get("ema", {})):
+        with swapped(weights, averages.get("ema", {})):
             return evaluation.evaluate(args, model, judged, judge, reward, look, measure, target, iteration)
 
     if not newest:
@@ -308,7 +311,7 @@ def train(args, prompts, judged, interrupt):
         last = step + 1 == args.iterations
         log.write({"iteration": step + 1} | row | (judged_now(step + 1) if last or (step + 1) % args.eval_every == 0 else {}))
         if last:
-            with runtime.swapped(weights, averages.get("ema", {})):
+            with swapped(weights, averages.get("ema", {})):
                 runtime.save_model(out / "model", model)
                 if args.lora and runtime.rank() == 0:
                     runtime.write_atomic(out / "lora", lambda folder: export(model.network, folder, {"base": args.model, "iteration": step + 1}))
@@ -316,7 +319,7 @@ def train(args, prompts, judged, interrupt):
             save_snapshots(out, step + 1, weights, {s: averages[s] for s in EMA_LENGTHS}, args.model, args.keep_snapshots)
         stop = interrupt.asked(device)
         if stop or last or (step + 1) % args.save_every == 0:
-            runtime.check_equal(weights, device)
+            args.shard or runtime.check_equal(weights, device)
             runtime.save_checkpoint(out, step + 1, everything, optimizer, log.lines, args.keep_checkpoints)
         if stop:
             return

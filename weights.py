@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 import models
 import runtime
+from sharding import whole
 
 
 EMA_LENGTHS = (0.05, 0.10)                                               # sigma_rel of the averages that training keeps, as EDM2 does
@@ -107,16 +109,29 @@ def fingerprint(weights):
 
 def save_snapshots(out, iteration, weights, averages, base, keep):
     """out/snapshots/NNNNN.safetensors, the raw trained weights, and NNNNN-0.050.safetensors for each average; only the last `keep` stay."""
-    if runtime.rank() > 0:
-        return
-    folder, mark = Path(out) / "snapshots", fingerprint(Weights(models.network_files(base)))
-    folder.mkdir(exist_ok=True)
+    first, folder = runtime.rank() == 0, Path(out) / "snapshots"
+    facts = {"base": str(base), "fingerprint": fingerprint(Weights(models.network_files(base))), "iteration": str(iteration)} if first else {}
     for suffix, tensors, length in (("", weights, ""), *((f"-{s:.3f}", average, str(s)) for s, average in averages.items())):
-        tensors = {n: p.detach().float().cpu().contiguous() for n, p in tensors.items()}
-        facts = {"base": str(base), "fingerprint": mark, "iteration": str(iteration), "sigma_rel": length}
-        runtime.write_atomic(folder / f"{iteration:05d}{suffix}.safetensors", lambda path: save_file(tensors, path, metadata=facts))
-    for old in sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: int(re.match(r"\d+", path.name)[0]))[:-keep * (1 + len(averages))]:
+        tensors = {n: whole(p.detach()) for n, p in tensors.items()}     # every process must come here
+        if first:
+            folder.mkdir(exist_ok=True)
+            tensors = {n: t.float().cpu().contiguous() for n, t in tensors.items()}
+            runtime.write_atomic(folder / f"{iteration:05d}{suffix}.safetensors", lambda path: save_file(tensors, path, facts | {"sigma_rel": length}))
+    for old in () if not first else sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: int(re.match(r"\d+", path.name)[0]))[:-keep * (1 + len(averages))]:
         old.unlink()
+
+
+@contextmanager
+def swapped(weights, others):
+    """Within the block the tensors of `weights` hold the values of `others` (both dicts of the same names); an empty `others` changes nothing."""
+    kept = {n: weights[n].detach().clone() for n in others}
+    try:
+        with torch.no_grad():
+            [weights[n].copy_(v) for n, v in others.items()]
+        yield
+    finally:
+        with torch.no_grad():
+            [weights[n].copy_(v) for n, v in kept.items()]
 
 
 def open_checkpoints(paths, model=""):

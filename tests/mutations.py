@@ -58,7 +58,7 @@ BUGS = [
     ("the KL has no gradient", "train.py", "kl = gaussian_kl(mean, reference_mean, std)", "kl = gaussian_kl(mean.detach(), reference_mean, std)",
      "tests/test_train.py -k strong_kl"),
     ("frozen weights learn", "train.py", 'args.train == "all" or "attn" in n', 'args.train == "all" or True', "tests/test_train.py -k only_attention"),
-    ("the weights stay swapped for their average", "runtime.py", "[weights[n].copy_(v) for n, v in kept.items()]", "[weights[n] for n, v in kept.items()]",
+    ("the weights stay swapped for their average", "weights.py", "[weights[n].copy_(v) for n, v in kept.items()]", "[weights[n] for n, v in kept.items()]",
      "tests/test_train.py -k averaged_weights"),
     ("a LoRA is saved without its scale", "lora.py", '("lora_B", layer.lora_scale)', '("lora_B", 1)', "tests/test_lora.py"),
     # pictures, memory, flags, evaluation

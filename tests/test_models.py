@@ -19,6 +19,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import edm2
+import guards
 import model_files
 import models
 import sit
@@ -482,10 +483,10 @@ def test_a_compiler_that_gets_the_gradient_wrong_is_found_out(names):
             return call
         for scale in (1, tolerated):
             model.network._compiled_call_impl = compiled(scale)
-            models.check_compiled(model, prompt, trained.values())
+            guards.check_compiled(model, prompt, trained.values())
         model.network._compiled_call_impl = compiled(refused_)
         with pytest.raises(ValueError, match=f"--compile: .* wrong here, by {refused_ - 1:.0%}"[:-1]):
-            models.check_compiled(model, prompt, trained.values())
+            guards.check_compiled(model, prompt, trained.values())
         assert calls == [1, tolerated, refused_] and all(p.grad is None for p in trained.values())
 
 

@@ -87,7 +87,7 @@ def test_no_test_is_hidden_by_another_of_its_name(path):
     assert sorted(names) == sorted(set(names))
 
 
-EXAMPLES = ["sampling", "prompting", "shaping", "dist_reward", "rewards", "metrics", "compare", "weights", "merge", "lora"]
+EXAMPLES = ["sampling", "prompting", "shaping", "dist_reward", "rewards", "metrics", "compare", "weights", "merge", "lora", "sharding"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

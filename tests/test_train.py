@@ -242,6 +242,7 @@ def test_drift_off_is_plain_grpo(tiny, tmp_path):
 #   rollouts    the first rewards differ                        update     they do not, and the trained weights do
 #   judgement   training is the same, the evaluation differs    output     the same numbers, other files or more lines
 #   rounding    the same numbers                                nothing    nothing is written at all
+#   processes   one process alone refuses it; what several do with it is in test_shard.py
 
 BASE = ("--drift on --select window --prompt_noise 0.25 --tau1 0.6 --tau2 1.2 --psi 1 --diversity 0.3 --diversity_features reward "
         "--metric cosine --success --gamma 1 --terminal keep --kl 0 --no-gardo --std group --train attention --clip 0.4 --grad_clip 1 "
@@ -272,7 +273,7 @@ FLAGS = [
     ("save_every", 1, 2, "output", ""), ("keep_checkpoints", 2, 1, "output", ""), ("snapshot_every", 0, 1, "output", ""),
     ("keep_snapshots", 2, 1, "output", "--snapshot_every 1"), ("batch", 160, 5, "rounding", ""),
     ("train_batch", 0, 4, "memory", ""), ("decode_batch", 8, 3, "memory", ""), ("reward_batch", 0, 3, "memory", ""), ("checkpointing", False, True, "memory", ""),
-    ("offload", False, True, "memory", ""), ("compile", False, True, "memory", ""),
+    ("offload", False, True, "memory", ""), ("shard", False, True, "processes", ""), ("compile", False, True, "memory", ""),
     ("precision", "float32", "bfloat16", "rollouts", ""), ("device", "cpu", "auto", "rounding", ""),
     ("timeout", 30, 7, "start", "")]
 
@@ -348,6 +349,12 @@ def test_every_flag_does_what_it_says(tiny, outcome, name, value, other, where, 
                 with pytest.raises(StopIteration):
                     launch(small(tiny, folder / f"{name}{number}", *spelled(name, number)))
         assert waits == [value, other]
+        return
+    if where == "processes":
+        assert outcome(*spelled(name, value))
+        with pytest.raises(SystemExit) as refused_:
+            outcome(*spelled(name, other))
+        assert refused_.value.code == 2
         return
     if where == "nothing":
         assert outcome(*spelled(name, value)) and not outcome(*spelled(name, other))
