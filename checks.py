@@ -56,8 +56,8 @@ def check(args, default):
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     rollouts, processes = args.prompts_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
     need(processes <= rollouts, f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share")
-    check_shard(args, processes, end - first)
     folder = models.check(args.model)
+    check_shard(args, processes, end - first)
     check_guide(args)
     if args.snapshot_every:
         models.network_files(args.model)                                 # a snapshot names its base by the numbers in them
@@ -99,6 +99,8 @@ def check_shard(args, processes, stochastic):
         raise ValueError("--shard: one process has nobody to share with; torchrun --nproc_per_node 2 train.py, or more")
     if flag := ("lora" * bool(args.lora) or "compile" * args.compile):
         raise ValueError(f"--shard: does not go with --{flag}" + "; a LoRA's gradients and optimizer are small" * (flag == "lora"))
+    if models.locate(args.model)[0] == "edm2":
+        raise ValueError(f"--shard: torch deals no weight that is one number, and {args.model} has some; leave it out")
     for name in ("prompts_per_step", "eval_images") + ("reference",) * bool({*parse(args.reward)} & {*DISTRIBUTION}):
         if getattr(args, name) % processes:
             raise ValueError(f"--{name} {getattr(args, name)}: with --shard, must be a multiple of the {processes} processes, whose work must be equal")

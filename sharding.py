@@ -18,7 +18,7 @@ def shard(network):
     from torch.distributed.fsdp import FSDPModule, fully_shard
     mesh = init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
     for block in (*blocks(network), network):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)        # or the root would keep, and use, weights that `swapped` has changed since
     for module in network.modules():
         if isinstance(module, FSDPModule):                               # the loss is a mean over all processes' pairs already
             module.set_gradient_divide_factor(1.0), module.set_force_sum_reduction_for_comms(True)

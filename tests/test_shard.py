@@ -17,12 +17,6 @@ import sharding
 ALL = ("--train all --kl 0.1 --ema 0.5 --snapshot_every 1 --reward class:1,fid:0.3 --reference 24 --iterations 3 --updates 2 --save_every 1").split()
 
 
-def close(a, b, tolerance=2e-6):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=tolerance, msg=lambda text: f"{name}: {text}")
-
-
 def exported(out):
     return load_file(next((out / "model" / part / "diffusion_pytorch_model.safetensors" for part in ("transformer", "unet") if (out / "model" / part).is_dir())))
 
@@ -42,7 +36,7 @@ def test_a_block_is_an_entry_of_an_outermost_list(tiny):
 
 
 def test_what_is_not_dealt_passes_through():
-    tensor, optimizer = torch.ones(3, requires_grad=True), None
+    tensor = torch.ones(3, requires_grad=True)
     assert sharding.whole(tensor) is tensor and sharding.piece(tensor, tensor) is tensor and sharding.local(tensor) is tensor
     optimizer = torch.optim.AdamW([tensor])
     (5 * tensor).sum().backward()
@@ -62,17 +56,17 @@ def test_sharded_over_two_processes_a_run_is_the_run_of_one(tiny, tmp_path, shar
         assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
     assert [row["reward"] for row in mine[1:2]] == pytest.approx([row["reward"] for row in theirs[1:2]], rel=1e-6)
     assert all(row["ratio_error"] <= 1e-6 for row in mine[1:])
-    assert contents(sharded).keys() == contents(tmp_path / "run").keys() if isinstance(contents(sharded), dict) else set(contents(sharded)) == set(contents(tmp_path / "run"))
+    assert contents(sharded).keys() == contents(tmp_path / "run").keys()
     base, a, b = (load_file(tiny / "transformer" / "diffusion_pytorch_model.safetensors"), exported(sharded), exported(tmp_path / "run"))
     assert a.keys() == b.keys() == base.keys()
     way = sum((b[name] - base[name]).norm() for name in b)
     assert way > 0.01 and sum((a[name] - b[name]).norm() for name in b) < 0.005 * way
-    for folder in sorted(p.name for p in (sharded / "snapshots").iterdir()):
-        snapshot, right = load_file(sharded / "snapshots" / folder), load_file(tmp_path / "run" / "snapshots" / folder)
-        assert {n: t.shape for n, t in snapshot.items()} == {n: t.shape for n, t in right.items()} and len(snapshot) == len(base)
+    for name in sorted(p.name for p in (sharded / "snapshots").iterdir()):
+        snapshot, right = (load_file(out / "snapshots" / name) for out in (sharded, tmp_path / "run"))
+        assert {n: t.shape for n, t in snapshot.items()} == {n: t.shape for n, t in right.items()}
     saved = [torch.load(sorted(out.glob("checkpoint-*"))[-1] / "optimizer.pt", weights_only=True)["state"] for out in (sharded, tmp_path / "run")]
     assert saved[0].keys() == saved[1].keys() and all(saved[0][i]["exp_avg"].shape == saved[1][i]["exp_avg"].shape for i in saved[0])
-    assert models.load(str(sharded / "model")).network is not None
+    models.load(str(sharded / "model"))
 
 
 @pytest.mark.slow
@@ -97,7 +91,7 @@ def test_killed_a_sharded_run_goes_on_bit_for_bit(tiny, tmp_path, sharded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd1", "sit", "edm2"])
+@pytest.mark.parametrize("family", ["sd1", "sit"])
 def test_every_base_can_be_dealt(names, tmp_path, family):  # noqa: F811
     (tmp_path / "prompts.txt").write_text("".join(f"{text}\n" for text in prompts_of(family)[:2]))
     argv = ("--device cpu --iterations 2 --prompts_per_step 2 --group_size 4 --select window --keep 3 --steps 4 --window 0:2 --updates 2 --nearest 2 --lr 0.001 --warmup 0 "
@@ -108,7 +102,7 @@ def test_every_base_can_be_dealt(names, tmp_path, family):  # noqa: F811
     assert code == 0, error
     for mine, theirs in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")):
         assert mine == pytest.approx(theirs, rel=2e-2, abs=2e-3)
-    name = {"sd1": "unet/diffusion_pytorch_model", "sit": "sit", "edm2": "edm2"}[family]
+    name = {"sd1": "unet/diffusion_pytorch_model", "sit": "sit"}[family]
     a, b = (load_file(tmp_path / out / "model" / f"{name}.safetensors") for out in ("two", "one"))
     weights = models.load(str(names[family])).network.state_dict()
     way = sum((b[n].float() - weights[n].float()).norm() for n in b)
@@ -116,7 +110,7 @@ def test_every_base_can_be_dealt(names, tmp_path, family):  # noqa: F811
 
 
 REFUSED = [("", 0, "--shard: one process"), ("--lora 2", 2, "--lora"), ("--compile", 2, "--compile"), ("--prompts_per_step 3", 2, "--prompts_per_step 3"),
-           ("--reward fid --reference 25", 2, "--reference 25"), ("--prompts_per_step 4 --updates 3 --window 0:4", 2, "--updates 3"),
+           ("--reward fid --reference 25", 2, "--reference 25"), ("--prompts_per_step 4 --updates 3 --steps 5 --window 0:4", 2, "--updates 3"),
            ("--eval_images 20 --prompts_per_step 3", 3, "--eval_images 20")]
 
 
@@ -128,3 +122,12 @@ def test_what_cannot_be_dealt_is_refused_in_one_line(tiny, tmp_path, capsys, mon
         launch(small(tiny, tmp_path / "run", "--shard", *flags.split()))
     error = capsys.readouterr().err.strip()
     assert left.value.code == 2 and named in error and "\n" not in error and not (tmp_path / "run").exists()
+
+
+def test_a_network_with_weights_of_one_number_is_refused(names, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "prompts.txt").write_text("3\n")
+    with pytest.raises(SystemExit) as left:
+        launch(small(names["edm2"], tmp_path / "run", "--shard", "--prompts", tmp_path / "prompts.txt"))
+    error = capsys.readouterr().err.strip()
+    assert left.value.code == 2 and "no weight that is one number" in error and "\n" not in error
