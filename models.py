@@ -116,6 +116,7 @@ class Generator:
 
     @contextmanager
     def autocast(self):
+        """The precision of a forward, and its attention."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"), self.attention():
             yield
 

@@ -21,6 +21,7 @@ import runtime
 import test_bad_input
 import test_eval_command
 import test_merge
+import test_shard
 import train
 from conftest import contents, launch, read_metrics, small
 
@@ -270,7 +271,7 @@ def test_a_lora_whose_alpha_is_no_number_is_refused(good, tmp_path, refused):
 def test_mistakes_are_counted():
     """Every row of these tables is a test of its own: exit code 2, one line that names it, nothing loaded, nothing written."""
     rows = lambda table: [row.values if hasattr(row, "values") and not isinstance(row, tuple) else row for row in table]
-    distinct = {"train.py": {row[0] for row in rows(test_bad_input.FLAGS)} | {row[0] for row in test_bad_input.PROMPT_FILES} | {
+    distinct = {"train.py": {row[0] for row in rows(test_bad_input.FLAGS)} | {row[0] for row in test_bad_input.PROMPT_FILES} | {row[0] for row in test_shard.REFUSED} | {
                     f"{n} {row[0]}" for n, row in enumerate(test_bad_input.MODEL_FILES)},
                 "merge.py": {row[0] for row in rows(test_merge.BAD)}, "eval.py": {row[0] for row in rows(test_eval_command.BAD)},
                 "hostile files": {f"{n} {line}" for n, row in enumerate(FILES) for line in row[2]} | {
