@@ -61,7 +61,7 @@ BUGS = [
     ("the weights stay swapped for their average", "weights.py", "[weights[n].copy_(v) for n, v in kept.items()]", "[weights[n] for n, v in kept.items()]",
      "tests/test_train.py -k averaged_weights"),
     ("a LoRA is saved without its scale", "lora.py", '("lora_B", layer.lora_scale)', '("lora_B", 1)', "tests/test_lora.py"),
-    ("a dealt network goes on with swapped weights", "sharding.py", ", reshard_after_forward=True)", ")", "tests/test_shard.py -k run_of_one"),
+    ("a dealt network goes on with swapped weights", "sharding.py", ", reshard_after_forward=True)", ")", "-m slow tests/test_shard.py -k run_of_one"),
     # pictures, memory, flags, evaluation
     ("pixels are cut off and not rounded", "runtime.py", "(images.float() * 255).round()", "(images.float() * 255).floor()", "tests/test_seams.py"),
     ("the gradient depends on the size of a forward", "train.py", ".sum() / len(chunk)).backward()", ".sum() / len(pairs)).backward()", FLAGS + "batch"),
