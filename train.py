@@ -225,7 +225,7 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
         args.shard or runtime.sum_gradients(weights.values())
         totals, norm = totals + runtime.all_sum(tally), clip_gradients(weights.values(), args.grad_clip)
         ratio_error = runtime.all_max(ratio_error, model.device) if n == 0 else ratio_error
-        tolerance = {"float32": 1e-5, "bfloat16": 1e-3 if args.compile else 1e-4}[args.precision] * (1 + 2 * abs(args.guidance - 1))     # measured
+        tolerance = {"float32": 1e-5, "bfloat16": 1e-3 if args.compile else 1e-4}[args.precision] * (1 + 2 * abs(args.guidance - 1))     # measured; guidance magnifies rounding
         guards.check_update(step, norm, ratio_error, tolerance, args.clip / D)
         optimizer.step()
     loss, kl, clipped, count = totals.tolist()

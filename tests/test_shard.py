@@ -1,12 +1,7 @@
 """Sharding: dealt over two processes, a run is the run it is without, to rounding; what it writes is whole, and it goes on bit for bit."""
-import os
-import signal
-import subprocess
-import time
-
 import pytest
 import torch
-from conftest import command, contents, launch, launch_process, read_metrics, read_weights, small
+from conftest import ROOT, contents, launch, launch_process, read_metrics, read_weights, small
 from safetensors.torch import load_file
 from test_models import names, prompts_of  # noqa: F401
 from torch import nn
@@ -64,23 +59,34 @@ def test_sharded_over_two_processes_a_run_is_the_run_of_one(tiny, tmp_path, shar
     for name in sorted(p.name for p in (sharded / "snapshots").iterdir()):
         snapshot, right = (load_file(out / "snapshots" / name) for out in (sharded, tmp_path / "run"))
         assert {n: t.shape for n, t in snapshot.items()} == {n: t.shape for n, t in right.items()}
+        assert sum((snapshot[n] - right[n]).norm() for n in right) < 0.005 * way
     saved = [torch.load(sorted(out.glob("checkpoint-*"))[-1] / "optimizer.pt", weights_only=True)["state"] for out in (sharded, tmp_path / "run")]
     assert saved[0].keys() == saved[1].keys() and all(saved[0][i]["exp_avg"].shape == saved[1][i]["exp_avg"].shape for i in saved[0])
     models.load(str(sharded / "model"))
 
 
+DYING_RANK = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import runtime, train
+
+save = runtime.save_checkpoint
+def dies(*arguments):
+    save(*arguments)
+    os.environ["RANK"] == "0" and os.kill(os.getpid(), signal.SIGKILL)
+runtime.save_checkpoint = dies
+if __name__ == "__main__":
+    train.main({argv!r})
+"""
+
+
 @pytest.mark.slow
 def test_killed_a_sharded_run_goes_on_bit_for_bit(tiny, tmp_path, sharded):
-    argv = small(tiny, tmp_path / "run", *ALL, "--shard")
-    running = subprocess.Popen(command(argv, processes=2), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
-    patience = time.time() + 300
-    while not (tmp_path / "run" / "checkpoint-00001").is_dir() and time.time() < patience:
-        time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "run")])         # torchrun's children lead groups of their own
-    assert not (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "checkpoint-00001").is_dir()
+    argv, script = small(tiny, tmp_path / "run", *ALL, "--shard"), tmp_path / "dying.py"
+    script.write_text(DYING_RANK.format(root=str(ROOT), argv=argv))
+    code, _, error = launch_process([], processes=2, script=script)
+    assert code != 0 and "SIGKILL" in error
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-00001"] and not (tmp_path / "run" / "model").exists()
     code, _, error = launch_process(argv, processes=2)
     assert code == 0, error
     a, b = read_weights(tmp_path / "run"), read_weights(sharded)
