@@ -46,10 +46,9 @@ def load(name, device="cpu", precision="float32", checkpointing=False, decode_ba
     adapter = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3, "sit": SiT, "edm2": EDM2}[kind]
     model = adapter(file or folder, torch.device(device), precision, decode_batch, *([guide] if guide else []))
     if compile:
-        model.compiled = True
         model.network.compile()
     if checkpointing:
-        recompute(model.network, model.attention)
+        recompute(model.network, nullcontext if compile else model.attention)   # no compiler takes a context, and recomputes in its own way
     return model
 
 
@@ -104,14 +103,14 @@ def _from_velocity(x_t, t, v):
 
 class Generator:
     """What the bases share. Each adds network, path, shape, __call__, embed (a few texts at a time), picture (of latents) and save."""
-    initial_std, encoders, vae, compiled = 1.0, None, None, False
+    initial_std, encoders, vae = 1.0, None, None
 
     def __init__(self, folder, device, precision, decode_batch):
         self.folder, self.device, self.precision, self.decode_batch, self.known = folder, device, precision, decode_batch, {}
 
     def attention(self):
         """A CPU's fused attention is slow in bfloat16, its backward takes twice the time of all the rest: there, the formula itself."""
-        slow = self.precision == "bfloat16" and self.device.type == "cpu" and not self.compiled
+        slow = self.precision == "bfloat16" and self.device.type == "cpu"
         return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
     @contextmanager

@@ -63,13 +63,13 @@ def cached(path, folder, pictures):
 METRICS = ("fid_trained", "fid", "vendi", "distance", "accuracy")
 
 
-def table(out, pictures):
+def table(out, pictures, seeds=SEEDS):
     """Prints the markdown table of the finished runs, each against the base model at the same noise."""
     base, _ = cached(out / "judged" / f"base-{pictures}.npz", TINY, pictures)
     print(f"| run | seeds | FD, trained on | change, % | FD, held out | change, % | Vendi | distance | accuracy |\n{'|---' * 9}|")
     print("| base model | - | " + " | ".join(f"{base[k]:.2f}{' | -' * k.startswith('fid')}" for k in METRICS) + " |")
     for name in RUNS:
-        done = [s for s in range(SEEDS[name]) if (out / f"{name}-{s}" / "model").is_dir()]
+        done = [s for s in range(seeds[name]) if (out / f"{name}-{s}" / "model").is_dir()]
         if done:
             rows = [cached(out / "judged" / f"{name}-{s}-{pictures}.npz", out / f"{name}-{s}" / "model", pictures)[0] for s in done]
             cells = [f"{np.mean([r[k] for r in rows]):.2f}" + (f" | {spread([r[k] / base[k] - 1 for r in rows])}" if k.startswith("fid") else "")
@@ -104,19 +104,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default="runs/distribution", help="folder for the runs")
     parser.add_argument("--pictures", type=int, default=5000, help="fresh pictures that judge a run")
+    parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of each run, from 0")
     parser.add_argument("--only", default="", choices=["", *RUNS], help="make only this run, with its seeds")
     parser.add_argument("--report", action="store_true", help="only print and draw what is there")
     args = parser.parse_args()
-    out = ROOT / args.out
+    out, seeds = ROOT / args.out, {name: min(n, args.seeds) for name, n in SEEDS.items()}
     if not args.report:
         jobs = [(out / f"{name}-{seed}", COMMON | flags | {"seed": seed}, 1) for name, flags in RUNS.items()
-                for seed in range(SEEDS[name]) if args.only in ("", name)]
+                for seed in range(seeds[name]) if args.only in ("", name)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, jobs))
-    table(out, args.pictures)
+    table(out, args.pictures, seeds)
     if (out / "potential-0" / "model").is_dir():
         signal_to_noise(out, args.pictures)
-    runs = {name: {s: load(out / f"{name}-{s}") for s in range(SEEDS[name]) if (out / f"{name}-{s}" / "model").is_dir()} for name in RUNS}
+    runs = {name: {s: load(out / f"{name}-{s}") for s in range(seeds[name]) if (out / f"{name}-{s}" / "model").is_dir()} for name in RUNS}
     draw({name: curves for name, curves in runs.items() if curves}, ROOT / "experiments" / "distribution.png",
          ("iteration", "iteration (160 rollouts each; longer: 320)"),
          [("eval/fid_trained", "Frechet distance of fresh pictures, features trained on"), ("eval/fid", "the same, held-out features")])

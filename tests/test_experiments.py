@@ -5,6 +5,7 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import distribution
 import evidence
 import merging
 import models
+import results
 import train
 from conftest import ROOT, launch, read_metrics
 
@@ -223,6 +225,25 @@ def test_the_merging_script_says_what_it_needs(tmp_path):
             (tmp_path / "run" / "snapshots" / f"{name}{suffix}.safetensors").touch()
     assert [name.split("/")[-1].removesuffix(".safetensors") for name in merging.checkpoints(tmp_path / "run")] == [
         "tiny", "00003", "00006", "00009", "00012", "00006-0.050", "00006-0.100", "00012-0.050", "00012-0.100"]
+
+
+def test_one_command_makes_all_results_part_by_part(monkeypatch, capsys):
+    """Each part gets flags that it knows, no more seeds than its own, and a part that fails ends the whole."""
+    ran, failing = [], []
+    monkeypatch.setattr(results.subprocess, "run", lambda command: ran.append(command) or subprocess.CompletedProcess(command, int(len(ran) in failing)))
+    for argv, seeds in (([], ["5", "3", "3", "3"]), (["--seeds", "1", "--report"], ["1"] * 4)):
+        ran.clear()
+        monkeypatch.setattr(results.sys, "argv", ["results.py", *argv])
+        results.main()
+        assert [Path(command[1]).name for command in ran] == ["evidence.py", "evidence.py", "distribution.py", "merging.py"]
+        assert [command[command.index("--seeds") + 1] for command in ran] == seeds and all(("--report" in command) == bool(argv) for command in ran)
+        for module, command in zip((evidence, evidence, distribution, merging), ran):
+            known = Path(module.__file__).read_text()
+            assert all(f'"{flag}"' in known for flag in command if flag.startswith("--"))
+    failing.append(6)
+    with pytest.raises(SystemExit, match="evidence.py stopped"):
+        results.main()
+    assert len(ran) == 6
 
 
 def test_a_report_of_no_runs_says_so(tmp_path):
