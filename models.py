@@ -48,19 +48,23 @@ def load(name, device="cpu", precision="float32", checkpointing=False, decode_ba
     if compile:
         model.network.compile()
     if checkpointing:
-        recompute(model.network, nullcontext if compile else model.attention)   # no compiler takes a context, and recomputes in its own way
+        recompute(model.network, model.attention)
     return model
 
 
 def recompute(network, attention=nullcontext):
     """Has a network keep only what goes into its blocks, and compute their activations again in the backward, within attention()."""
-    within = {} if isinstance(attention(), nullcontext) else {"context_fn": lambda: (nullcontext(), attention())}    # no compiler takes one
-    again = functools.partial(checkpoint, use_reentrant=False, **within)
+    again = functools.partial(_again, attention)
     blocks = [module for module in network.modules() if isinstance(module, (sit.Block, edm2.Block))]
     for block in blocks:
         block.forward = functools.partial(_recomputed, again, block.forward)    # a bound method in a partial: deepcopy binds it to the copy
     if not blocks:
         network.enable_gradient_checkpointing(again)
+
+
+def _again(attention, *call):
+    within = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), attention())}      # a compiler takes none, and needs none
+    return checkpoint(*call, use_reentrant=False, **within)
 
 
 def _recomputed(again, forward, *inputs):

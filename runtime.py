@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sharding import load_state, piece, whole, whole_state
+from sharding import is_piece, load_state, piece, whole, whole_state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,8 @@ def save_checkpoint(out, step, weights, optimizer, lines, keep):
 
 
 def save_model(folder, model):
-    weights = model.weights()
+    dealt = any(map(is_piece, model.network.parameters()))               # then every process has a piece to give
+    weights = model.weights() if dealt or rank() == 0 else None
     if rank() == 0:
         write_atomic(folder, lambda path: model.save(path, weights))
 

@@ -5,11 +5,11 @@
 
 The peer is a plain loop over the same model, written here as DDPO's and Flow-GRPO's published trainers are: prompts are encoded anew for each batch of
 rollouts, time steps go one by one, and the update is one backward for each (batch of samples, time step). Its batches, 8 rollouts and 4 training samples,
-are those of DDPO's published configuration (Flow-GRPO takes 9 and 9 for SD 3.5); the column "same batches" gives it ours. In one thing it is slower than
-they are: each guidance half is a forward of its own. Both loops must give the same pictures from the same noise and the same gradient, or nothing is timed.
+are those of DDPO's published configuration (Flow-GRPO takes 9 and 9 for SD 3.5); the column "same batches" gives it ours, and "ours in bfloat16" is our
+loop with `--precision bfloat16` against the peer in its own precision. In one thing it is slower than they are: each guidance half is a forward of its own.
+Both loops must give the same pictures from the same noise and the same gradient, or nothing is timed.
 They take turns in short bursts, and a ratio is the median over the turns, because machines are noisy. The learning rate is 0, so every turn does the same.
-"Of matrix rate": the operations that torch counts (attention on a CPU is not among them) over those that a product of two square matrices reaches here in
-the same time. Memory of a CPU is the whole process. Left out: evaluation, checkpoints.
+"Of matrix rate": the operations torch counts (not a CPU's attention) over those that a product of two square matrices reaches here in the same time.
 """
 import ctypes
 import os
@@ -225,24 +225,24 @@ def check_same(bench, options, noise, advantage):
     return counted(lambda: our_rollout(bench)), counted(lambda: our_update(bench, trajectory, advantage))
 
 
-def compare_loops(base, bench, options):
-    """Prints two rows of the first table for each scale of guidance."""
+def compare_loops(base, bench, low, options):
+    """Prints two rows of the first table for each scale of guidance. low: the same base in bfloat16, what `--precision bfloat16` makes of our loop."""
     device, args, B, W = bench.model.device, bench.args, len(bench.who), len(bench.policy.window)
     draw = lambda: torch.randn(B, 1 + W, *bench.model.shape, device=device)
     advantage = torch.randn(B, generator=torch.Generator().manual_seed(0)).to(device)
     for guidance in numbers("guidance", options.guidance):
-        now, rate = bench.guided(guidance), matrix_rate(device, args.precision)
+        now, below, rate = bench.guided(guidance), low.guided(guidance), matrix_rate(device, args.precision)
         flops = check_same(now, options, train.seeded_noise((0, 0, 0, 0), range(B), draw().shape[1:]).to(device), advantage)
-        trajectory, samples = our_rollout(now), peer_rollout(now, draw(), options.peer_batch)
-        rollouts = {"ours": lambda: our_rollout(now), "peer": lambda: peer_rollout(now, draw(), options.peer_batch),
+        trajectory, coarse, samples = our_rollout(now), our_rollout(below), peer_rollout(now, draw(), options.peer_batch)
+        rollouts = {"ours": lambda: our_rollout(now), "low": lambda: our_rollout(below), "peer": lambda: peer_rollout(now, draw(), options.peer_batch),
                     "same": lambda: peer_rollout(now, draw(), args.batch)}
-        updates = {"ours": lambda: our_update(now, trajectory, advantage), "peer": lambda: peer_update(now, samples, advantage, options.peer_train_batch),
-                   "same": lambda: peer_update(now, samples, advantage, args.train_batch)}
+        updates = {"ours": lambda: our_update(now, trajectory, advantage), "low": lambda: our_update(below, coarse, advantage),
+                   "peer": lambda: peer_update(now, samples, advantage, options.peer_train_batch), "same": lambda: peer_update(now, samples, advantage, args.train_batch)}
         for what, count, loops, work in (("rollout, images/s", B, rollouts, flops[0]), ("update, pairs/s", B * W, updates, flops[1])):
             seconds = take_turns(loops, options.repeats, device)
             ours, peer = (statistics.median(seconds[name]) for name in ("ours", "peer"))
             print(f"| {Path(base).name} | {guidance:g} | {what} | {count / ours:.1f} | {count / peer:.1f} | {ratio(seconds['peer'], seconds['ours']):.2f} | "
-                  f"{ratio(seconds['same'], seconds['ours']):.2f} | {work / ours / rate:.2f} | "
+                  f"{ratio(seconds['same'], seconds['ours']):.2f} | {ratio(seconds['peer'], seconds['low']):.2f} | {work / ours / rate:.2f} | "
                   + " | ".join(f"{peak_gb(loops[name], device):.2f}" for name in ("ours", "peer")) + " |", flush=True)
 
 
@@ -327,7 +327,7 @@ def main(argv=None):
         return worker(bases[0], options)
     device = runtime.start(options.device)
     print(f"{device}, {torch.get_num_threads()} threads; {options.repeats} turns\n\n"
-          "| base | guidance | | ours | peer | x peer | x peer, same batches | of matrix rate | GB | GB, peer |\n" + "|---" * 10 + "|")
+          "| base | guidance | | ours | peer | x peer | same batches | ours in bfloat16 | of matrix rate | GB | GB, peer |\n" + "|---" * 11 + "|")
     with tempfile.TemporaryDirectory() as scratch:
         rows = []
         for base in bases:
@@ -335,7 +335,7 @@ def main(argv=None):
             if base in NAMES:
                 build(base, folder, device)
             bench = open_bench(base, folder, options, device)
-            compare_loops(base, bench, options)
+            compare_loops(base, bench, bench if bench.args.precision == "bfloat16" else open_bench(base, folder, replace(options, precision="bfloat16"), device), options)
             rows.append((base, bench))
         print("\nOne iteration, seconds:\n\n| base | network | decode | reward | features | rest | rest |\n" + "|---" * 7 + "|")
         for base, bench in rows:

@@ -105,7 +105,7 @@ def test_the_tables(tiny, capsys):
     speed.main(["--bases", str(tiny), "--repeats", "1", "--guidance", "1,2", "--prompts_per_step", "2", "--group_size", "4", "--processes", "0"])
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {tiny.name} ")]
     assert [row[1:3] for row in rows[:4]] == [[g, what] for g in "12" for what in ("rollout, images/s", "update, pairs/s")] and len(rows) == 5
-    assert all(float(cell) > 0 for row in rows[:4] for cell in row[3:7])
+    assert all(float(cell) > 0 for row in rows[:4] for cell in row[3:8])
     network, decode, reward, features, rest = map(float, rows[4][1:6])
     assert network > decode >= 0 and rest > 0 and features == 0
     assert float(rows[4][6].split()[0]) == pytest.approx(100 * rest / (network + decode + reward + features + rest), abs=10)
