@@ -3,7 +3,7 @@
     python experiments/cost.py        # about ten minutes; nothing else should run beside it
 
 What varies: the group, the sampling steps, the trained steps, the reference of the FID reward and its price, the pictures' side (a small U-Net of
-random weights and its VAE), the processes. Printed: seconds of an iteration's rollouts with decoding and rewards, of the update with prices and
+random weights and its VAE), the processes, the compiler. Printed: seconds of an iteration's rollouts with decoding and rewards, of the update with prices and
 averages (medians over the iterations but the first), the sum against the first row of its part, and the peak memory of the first process.
 Left out: loading, evaluations and checkpoints, which --eval_every and --save_every space out.
 """
@@ -29,7 +29,8 @@ PARTS = {                                                                # title
     "with the FID reward": (FID, [{}, {"reference": 2560}, {"reference": 10240}, {"price": "quadratic"}, {"price": "exact", "replace": 1},
                                   {"reference": 10240, "price": "exact", "replace": 1}]),
     "a small U-Net": ({"lora": 4, "reward": "jpeg", "diversity_features": "latents", "prompts_per_step": 2, "group_size": 4, "steps": 4, "window": "0:2"},
-                      [{"pixels": 96}, {"pixels": 192}, {"pixels": 384}])}
+                      [{"pixels": 96}, {"pixels": 192}, {"pixels": 384}]),
+    "compiled": ({"precision": "bfloat16"}, [{}, {"compile": True}])}    # the last, for it needs a C++ compiler
 
 
 def base_of(pixels, folder):
