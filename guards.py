@@ -53,11 +53,12 @@ def writing(out):
 
 def check_finite(step, tensors, device):
     """Stops every process if a number of one is none. tensors: {name: tensor, or None for none}, the same names on every process."""
-    bad = [t is not None and not local(t).isfinite().all() for t in tensors.values()]
-    table = gather(torch.tensor([bad], dtype=torch.uint8, device=device), world())            # [processes, tensors]
+    fine = torch.ones((), dtype=torch.bool, device=device)
+    fine = torch.stack([fine if t is None else local(t).isfinite().all().to(device) for t in tensors.values()])
+    table = gather(fine[None].to(torch.uint8), world())                  # [processes, tensors]; looked at once, for a GPU must stop for it
     for process, row in enumerate(table.tolist()):
-        if any(row):
-            raise FloatingPointError(f"iteration {step + 1}, process {process}: {[*tensors][row.index(1)]} is not finite; stopped before the optimizer step")
+        if not all(row):
+            raise FloatingPointError(f"iteration {step + 1}, process {process}: {[*tensors][row.index(0)]} is not finite; stopped before the optimizer step")
 
 
 def check_start(out, step, device):

@@ -179,8 +179,8 @@ def sum_gradients(parameters):
 
 
 def all_max(number, device):
-    """The largest of a number over the processes."""
-    tensor = torch.tensor(number, dtype=torch.float64, device=device)
+    """The largest of a number, or tensor of one, over the processes."""
+    tensor = torch.as_tensor(number, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()

@@ -6,6 +6,7 @@ tau = 0 is the deterministic sampler (DDIM, arXiv 2010.02502 eq. 12; Euler for a
 The policy of RL is this Gaussian: state (x_t, t, prompt), action x_s. DRIFT (arXiv 2601.12401) part (i) is `concentrated_subset`.
 Left out on purpose: higher-order solvers (a rollout has few steps, and a log-prob needs one Gaussian a step).
 """
+import functools
 import math
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
@@ -38,9 +39,10 @@ def VP(alphas_cumprod, final=1.0, offset=1):
     `final` is 1 or abar[0] (the scheduler's set_alpha_to_one), `offset` its steps_offset (1 for Stable Diffusion 1.x and 2.x).
     """
     table = torch.cat([torch.as_tensor(alphas_cumprod).double().cpu(), torch.tensor([float(final)], dtype=torch.float64)])
+    table_on = functools.cache(table.to)                                 # copied once, for a GPU must stop for each copy
     def abar(t):
         t = torch.as_tensor(t)
-        return table.to(t.device)[t.double().round().long()]             # index -1 is `final`
+        return table_on(t.device)[t.double().round().long()]             # index -1 is `final`
     def times(steps):
         spacing = (len(table) - 1) // steps
         if spacing * (steps - 1) + offset > len(table) - 2 or spacing == 0:
@@ -85,7 +87,7 @@ def transition(x_t, x0_hat, eps_hat, path, t, s, eta=1.0, kernel="ancestral"):
     alpha_t, sigma_t, alpha_s, sigma_s = path.alpha(t), path.sigma(t), path.alpha(s), path.sigma(s)
     column = lambda c: c.expand(len(x_t)).reshape(-1, *[1] * (x_t.dim() - 1)).float()         # [B, 1, ...]
     if kernel == "flow-grpo":
-        if not torch.allclose(alpha_t + sigma_t, torch.ones_like(t)):
+        if abs(float(path.alpha(0.5) + path.sigma(0.5)) - 1) > 1e-6:
             raise ValueError("kernel flow-grpo is defined for flows (alpha + sigma = 1) only; take ancestral or cps")
         dt = s - t
         level = eta * torch.sqrt(t / (1 - torch.where(t == 1, s, t)))    # at t = 1 the published code puts the second time below the line

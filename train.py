@@ -199,7 +199,7 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
     W, D, samples = len(policy.window), math.prod(model.shape), runtime.share(args.prompts_per_step * args.group_size)
     kept = (torch.arange(len(index))[:, None] * args.group_size + index.cpu()).flatten().to(model.device)      # sample numbers [P K]
     advantage = advantage.float().reshape(W, -1).to(model.device)                             # [W, P K]
-    random, grid, totals, ratio_error, norm = np.random.default_rng([ORDER_STREAM, args.seed, step]), np.arange(advantage.numel()), 0, 0.0, 0.0
+    random, grid, totals, ratio_error, norm = np.random.default_rng([ORDER_STREAM, args.seed, step]), np.arange(advantage.numel()), 0, advantage.new_zeros(()), 0.0
     deal = lambda: random.permuted(random.permuted(grid.reshape(W, -1), axis=0), axis=1)      # the steps of each rollout, then the rollouts
     chunks = [c for _ in range(args.passes) for c in torch.as_tensor(deal(), device=model.device).flatten().chunk(args.updates)]
     for n, chunk in enumerate(chunks):
@@ -220,7 +220,7 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
             ((loss + args.kl * kl / D).sum() / len(chunk)).backward()    # nats over D, both of them
             error = (ratio.detach() - 1).abs()
             tally += torch.stack([loss.sum(), kl.sum(), (error > args.clip / D).sum(), torch.ones_like(loss).sum()]).detach().double()
-            ratio_error = max(ratio_error, error.max().item()) if n == 0 else ratio_error
+            ratio_error = torch.maximum(ratio_error, error.max()) if n == 0 else ratio_error                  # no .item(): a GPU would stop here
         guards.check_finite(step, {"an advantage": advantage, "the loss": tally, **{f"the gradient of {n}": p.grad for n, p in weights.items()}}, model.device)
         args.shard or runtime.sum_gradients(weights.values())
         totals, norm = totals + runtime.all_sum(tally), clip_gradients(weights.values(), args.grad_clip)
@@ -256,7 +256,7 @@ def train(args, prompts, judged, interrupt):
     """The algorithm, and around it evaluation, log and checkpoints. Returns early, after a checkpoint, when it is asked to stop."""
     device, out = runtime.start(args.device, args.timeout), Path(args.out)
     model, weights, table, null, reward, look, pool, measure, target = open_all(args, prompts, judged, device)
-    policy = Policy(model.path, model.path.times(args.steps), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
+    policy = Policy(model.path, model.path.times(args.steps).to(device), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
     reference = model.frozen() if args.kl and not args.lora else None
     weights = {n: p for n, p in shard(model.network).items() if n in weights} if args.shard else weights
     args.shard and reference and shard(reference.network)

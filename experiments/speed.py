@@ -93,7 +93,7 @@ def open_bench(base, folder, options, device):
                       diversity_features="reward" if kind == "tiny" else "latents")
     model = models.load(folder, device, args.precision)
     trained = {n: p for n, p in model.network.named_parameters() if p.requires_grad_("attn" in n).requires_grad}
-    policy = Policy(model.path, model.path.times(args.steps), range(args.steps - 1), args.eta, args.kernel)
+    policy = Policy(model.path, model.path.times(args.steps).to(device), range(args.steps - 1), args.eta, args.kernel)
     prompts = read_prompts(folder / "prompts.jsonl") if (folder / "prompts.jsonl").is_file() else [Prompt(text) for text in TEXTS]
     who = draw_prompts(len(prompts), args.prompts_per_step, 0, 0).repeat(args.group_size)
     return Bench(args, model, policy, prompts, who, model.encode([p.text for p in prompts]), model.encode([""]), trained,

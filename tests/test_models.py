@@ -17,6 +17,7 @@ import torch
 import transformers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import edm2
 import guards
@@ -433,6 +434,40 @@ def test_a_part_that_was_never_fetched_is_not_named_when_saved(names, tmp_path):
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["safety_checker"] == [None, None]
     assert not (tmp_path / "saved" / "leftover.ckpt").exists()
     diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", requires_safety_checker=False)
+
+
+class Crossings(TorchDispatchMode):
+    """Collects the operations that copy from one device to another: a GPU stops for each, and for each number that is asked of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, inputs=(), more=None):
+        result = operation(*inputs, **(more or {}))
+        if len({t.device.type for t in (*inputs, result) if isinstance(t, torch.Tensor)}) > 1:
+            self.found.append(str(operation))
+        return result
+
+
+@every_family
+def test_no_step_of_a_rollout_stops_a_gpu(loaded, family):
+    """On the meta device nothing has a value: a step that asks for one raises, and a copy from the CPU is seen."""
+    on_meta = lambda tensors: tuple(t.to("meta") for t in tensors)
+    model, prompts = loaded[family].frozen(), prompts_of(family)
+    model.network.to("meta")
+    y, null = on_meta(model.encode(prompts)), on_meta(model.encode([""]))
+    x_T, noise = torch.empty(3, *model.shape, device="meta"), torch.empty(3, 2, *model.shape, device="meta")
+    for kernel in ("cps", "ancestral") + ("flow-grpo",) * (family in ("tiny", "sd3", "sit")):
+        policy = Policy(model.path, model.path.times(4).to("meta"), range(2), 0.8, kernel, 2.0)
+        condition = noised_prompt(y, tuple(map(torch.empty_like, y)), 0.5, 0.6, 1.2)
+        condition(torch.arange(2, device="meta"), torch.ones(2, device="meta")), model.path.alpha(policy.times)      # what is copied once
+        with Crossings() as crossings:
+            trajectory = rollout(model, policy, condition, x_T, noise, null, batch=2)
+        assert crossings.found == [] and trajectory.log_probs.device.type == "meta"
+    with Crossings() as crossings, pytest.raises(RuntimeError, match="meta"):
+        torch.arange(3).to("meta").sum().item()
+    assert crossings.found == ["aten._to_copy.default"]
 
 
 @every_family

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import random_bases
 import speed
@@ -58,6 +59,26 @@ def test_the_peer_is_a_plain_loop(bench, monkeypatch):
     sizes.clear(), backwards.clear(), encoded.clear()
     speed.our_update(now, speed.our_rollout(now), torch.ones(4))
     assert sizes == [8] * 3 + [10, 6] and len(backwards) == 2 and encoded == []
+
+
+class Questions(TorchDispatchMode):
+    """Counts the numbers that Python asks of a tensor: a GPU stops for each."""
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, inputs=(), more=None):
+        self.count += operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+        return operation(*inputs, **(more or {}))
+
+
+def test_a_gpu_is_not_stopped_by_micro_batches_or_tensors(bench):
+    """An update asks as often with eight micro-batches as with one, and as often of two parameters as of all."""
+    def asked(train_batch, trained):
+        now = replace(bench, args=replace(bench.args, train_batch=train_batch), trained=trained, optimizer=torch.optim.SGD(trained.values(), lr=0.0))
+        with Questions() as questions:
+            speed.our_update(now, speed.our_rollout(now), torch.ones(4))
+        return questions.count
+    few = dict(list(bench.trained.items())[:2])
+    assert 0 < asked(8, bench.trained) == asked(1, bench.trained) == asked(8, few)
 
 
 def test_turns_are_taken():
