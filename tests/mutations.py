@@ -24,8 +24,9 @@ BUGS = [
     ("the update sees another prompt noise", "train.py", "trajectory.condition(row, policy.fraction(k))", "trajectory.condition(row, policy.fraction(k + 1))",
      RATIO),
     ("the log-prob forgets the log of the std", "sampling.py", "-(0.5 * z**2 + torch.log(std) +", "-(0.5 * z**2 +", "tests/test_sampling.py -k log_prob"),
+    ("each step copies the schedule's table anew", "sampling.py", "functools.cache(table.to)", "table.to", "tests/test_models.py -k stops_a_gpu"),
     # numbers that are none
-    ("only a process with nothing but bad numbers is stopped", "guards.py", "        if any(row):", "        if all(row):", "tests/test_guards.py"),
+    ("only a process with nothing but bad numbers is stopped", "guards.py", "        if not all(row):", "        if not any(row):", "tests/test_guards.py"),
     ("an infinite gradient is stepped along", "guards.py", "if not math.isfinite(norm):", "if norm != norm:", "tests/test_guards.py -k must_not"),
     ("a reward that is none is a score", "rewards.py", "if not found[key].isfinite().all():", "if False:", "tests/test_rewards.py"),
     # groups and advantages
@@ -43,9 +44,9 @@ BUGS = [
     # checkpoints
     ("a checkpoint is written in its place", "runtime.py", 'temporary = path.with_name(".tmp-" + path.name)', 'temporary = path.with_name(path.name)',
      "tests/test_train.py -k write_atomic or kill_during"),
-    ("the averages of the weights begin anew", "runtime.py", "            tensor.copy_(saved[name])",
-     '            "average" in name or tensor.copy_(saved[name])', CUT_OFF),
-    ("the optimizer begins anew", "runtime.py", "            optimizer.load_state_dict(torch.load(", "            (torch.load(", CUT_OFF),
+    ("the averages of the weights begin anew", "runtime.py", "            tensor.copy_(piece(saved[name], tensor))",
+     '            "average" in name or tensor.copy_(piece(saved[name], tensor))', CUT_OFF),
+    ("the optimizer begins anew", "runtime.py", "            load_state(optimizer, torch.load(", "            (optimizer, torch.load(", CUT_OFF),
     ("lines of the log stay that will be written again", "runtime.py", ".splitlines(True)[:lines]", ".splitlines(True)", CUT_OFF),
     ("every iteration has the first one's prompts", "train.py", "draw_prompts(len(prompts), P, args.seed, step)",
      "draw_prompts(len(prompts), P, args.seed, 0)", "tests/test_seams.py"),

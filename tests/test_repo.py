@@ -1,4 +1,5 @@
-"""The house rules that a reader relies on: who may import whom, how long things are, and that no file is read that can run code."""
+"""The house rules that a reader relies on: who may import whom, how long things are, that no file is read that can run code; and that
+mutations.py finds where its bugs go."""
 import ast
 import doctest
 import importlib
@@ -7,6 +8,7 @@ import re
 import pytest
 
 from conftest import ROOT
+from mutations import BUGS
 
 MODULES = sorted(ROOT.glob("*.py"))
 SOURCES = MODULES + sorted((ROOT / "experiments").glob("*.py"))
@@ -94,3 +96,10 @@ EXAMPLES = ["sampling", "prompting", "shaping", "dist_reward", "rewards", "metri
 def test_the_examples_in_the_docstrings_are_true(name):
     found = doctest.testmod(importlib.import_module(name))
     assert found.attempted > 0 and found.failed == 0
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=[bug[0] for bug in BUGS])
+def test_a_bug_that_mutations_plants_has_one_place(bug):
+    _, name, old, new, tests = bug
+    assert (ROOT / name).read_text(encoding="utf-8").count(old) == 1 and old != new
+    assert all((ROOT / word).is_file() for word in tests.split() if word.endswith(".py"))
