@@ -1,6 +1,6 @@
 """The README's table of how the cost grows with the work: one flag at a time, five iterations of train.py each, on one thread a process.
 
-    python experiments/cost.py        # about ten minutes; nothing else should run beside it
+    python experiments/cost.py        # about fifteen minutes; nothing else should run beside it
 
 What varies: the group, the sampling steps, the trained steps, the reference of the FID reward and its price, the pictures' side (a small U-Net of
 random weights and its VAE), the processes, the compiler. Printed: seconds of an iteration's rollouts with decoding and rewards, of the update with prices and

@@ -1,7 +1,7 @@
 """Everything under the README's Results, and on the FID and merging: every run, table and figure, by one command.
 
     python experiments/results.py                       # about three hours on two cores; each run resumes, and what is finished is not run again
-    python experiments/results.py --seeds 1             # the same rows and figures from one seed each, under an hour
+    python experiments/results.py --seeds 1             # the same rows and figures from one seed each, about an hour
     python experiments/results.py --report              # only the tables and the figures, from the runs that are there
 
 The four parts are commands of their own, run one after another; each says in its header what it does.

@@ -8,8 +8,9 @@ rollouts, time steps go one by one, and the update is one backward for each (bat
 are those of DDPO's published configuration (Flow-GRPO takes 9 and 9 for SD 3.5); the column "same batches" gives it ours, and "ours in bfloat16" is our
 loop with `--precision bfloat16` against the peer in its own precision. In one thing it is slower than they are: each guidance half is a forward of its own.
 Both loops must give the same pictures from the same noise and the same gradient, or nothing is timed.
-They take turns in short bursts, and a ratio is the median over the turns, because machines are noisy. The learning rate is 0, so every turn does the same.
-"Of matrix rate": the operations torch counts (not a CPU's attention) over those that a product of two square matrices reaches here in the same time.
+They take turns; a ratio is the median over them. The learning rate is 0, so all turns are alike. "Of matrix rate": the operations torch counts (not a
+CPU's attention) over those of a product of two square matrices in the same time. Memory of a CPU: the whole process, which holds the base in both precisions.
+Left out: evaluation, checkpoints.
 """
 import ctypes
 import os
