@@ -9,8 +9,7 @@ are those of DDPO's published configuration (Flow-GRPO takes 9 and 9 for SD 3.5)
 loop with `--precision bfloat16` against the peer in its own precision. In one thing it is slower than they are: each guidance half is a forward of its own.
 Both loops must give the same pictures from the same noise and the same gradient, or nothing is timed.
 They take turns; a ratio is the median over them. The learning rate is 0, so all turns are alike. "Of matrix rate": the operations torch counts (not a
-CPU's attention) over those of a product of two square matrices in the same time. Memory of a CPU: the whole process, which holds the base in both precisions.
-Left out: evaluation, checkpoints.
+CPU's attention) over those of a product of two square matrices in that time. Memory of a CPU: the process, both precisions. Left out: evaluation.
 """
 import ctypes
 import os
