@@ -16,9 +16,11 @@ import models
 import runtime
 from compare import grid_files, open_runs
 from features import TINY, check_features, check_target, target_path
+from model_files import read_json
 from picture_sets import choose, open_pictures, read_sidecar, settings, sidecar
 from prompting import read_prompts
 from rewards import DISTRIBUTION, check_classifier, check_labels, check_reward, needs_labels, parse
+from sampling import VP
 from weights import open_checkpoints, sweep
 
 LIMITS = {                                                               # the smallest and largest value of each number
@@ -40,6 +42,10 @@ def check(args, default):
     changed = {k: v for k, v in vars(args).items() if k not in ("out", "dry_run") and v != getattr(default, k)}
     need(args.select != "all" or args.drift == "off" or "keep" not in changed or args.keep == args.group_size,
          f"--keep {args.keep}: means nothing with --select all; add --select window, or another rule")
+    for name in (name for name, value in off.items() if args.drift == "off" and name in changed and changed[name] != value):
+        raise ValueError(f"--{name} {changed[name]}: --drift off would switch it off; leave out one of them")
+    need(args.price != "potential" or not args.replace, f"--replace {args.replace}: means nothing with --price potential; add --price exact, or quadratic")
+    need(not args.lora or args.train == "attention", f"--train {args.train}: a LoRA learns in the attention layers alone; leave out --lora or --train")
     args = dataclasses.replace(args, out=args.out or runtime.run_name(changed), **(off if args.drift == "off" else {}))
     args = dataclasses.replace(args, keep=args.group_size if args.select == "all" else args.keep)
     for name, (low, high) in LIMITS.items():
@@ -57,6 +63,7 @@ def check(args, default):
     rollouts, processes = args.prompts_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
     need(processes <= rollouts, f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share")
     folder = models.check(args.model)
+    check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
     check_shard(args, processes, end - first)
     check_guide(args)
     if args.snapshot_every:
@@ -108,6 +115,20 @@ def check_shard(args, processes, stochastic):
         raise ValueError(f"--updates {args.updates}: with --shard, must divide the {stochastic} steps of --window, so that the processes' work is equal")
 
 
+def check_sampling(model, kernel="cps", **steps):
+    """Raises ValueError if the schedule of a base does not have so many steps, {flag: number}, or its path does not know the kernel."""
+    kind, folder, *_ = models.locate(model)
+    if kind == "StableDiffusionPipeline":
+        config = read_json(folder / "scheduler" / "scheduler_config.json")
+        for name, count in steps.items():
+            try:
+                VP(torch.ones(int(config.get("num_train_timesteps", 1000)))).times(count)
+            except ValueError as error:
+                raise ValueError(f"--{name} {count}: {error}; take fewer") from None
+    if kernel == "flow-grpo" and kind in ("StableDiffusionPipeline", "edm2"):
+        raise ValueError(f"--kernel flow-grpo: is defined for flows, and {model} is none; take ancestral or cps")
+
+
 def check_guide(args):
     """Raises ValueError for a network that guides another at a guidance that does not ask it."""
     *_, file, guide = models.locate(args.model)
@@ -147,10 +168,13 @@ def check_merge(args, default):
         need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
     lengths = numbers("sigma_rel", args.sigma_rel)
     need(lengths and all(0 < s < 0.288 for s in lengths), f"--sigma_rel {args.sigma_rel}: each must be between 0 and 0.288")
+    for path in args.checkpoints:
+        need(args.checkpoints.count(path) == 1, f"{path}: is given twice; once is enough")
     base, views = open_checkpoints(args.checkpoints, args.model)
     args, folder = dataclasses.replace(args, model=str(base)), models.check(base)
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     averages = sweep(views, lengths)
+    check_sampling(base, steps=args.steps)
     if args.command != "rl":
         need(not Path(args.out).exists(), f"--out {args.out}: exists; choose another")
         runtime.open_run(args.out, {})
@@ -225,6 +249,7 @@ def check_images(args, need):
     """-> args, prompts. Raises ValueError where --out cannot be begun or gone on with."""
     folder, out = models.check(args.inputs[0]), Path(args.out)
     args = dataclasses.replace(args, n=args.n or 1000, model=args.inputs[0], prompts=args.prompts or str(folder / "eval_prompts.jsonl"))
+    check_sampling(args.model, steps=args.steps)
     prompts, path = read_prompts(args.prompts), sidecar(out)
     choose(args.n, args.n, len(prompts), args.prompts)
     if path.is_file():
@@ -241,6 +266,8 @@ def check_images(args, need):
 def check_score(args, default, need):
     """-> args, (the folder whose classifiers judge, the picture sets). Raises ValueError, also for two sets that cannot be compared."""
     sets = [open_pictures(args, name) for name in args.inputs]
+    for s in sets:
+        s.size or check_sampling(s.model, steps=args.steps)
     for name in ("steps", "guidance", "precision"):
         need(any(s.size is None for s in sets) or getattr(args, name) == getattr(default, name), f"--{name}: means nothing to pictures that are there")
     folder, last = models.check(args.model or sets[0].model or "assets/tiny"), sets[-1]

@@ -125,9 +125,9 @@ def evaluate(args, model, judged, judge, reward, look, measure, target, iteratio
     if judge:
         scores = score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
     else:
-        scores = score_without_judge(images, judged, reward, look, args.batch)
+        scores = score_without_judge(images, judged, reward, look, args.reward_batch or args.batch)
     if measure:
-        trained = torch.cat([measure(x) for x in images.split(args.batch)])
+        trained = torch.cat([measure(x) for x in images.split(args.reward_batch or args.batch)])
         scores["fid_trained"] = frechet_distance(*moments(trained), *target)
     return {"eval/" + name: value for name, value in scores.items()}
 

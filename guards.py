@@ -17,6 +17,8 @@ import torch.distributed as dist
 from runtime import gather, newest_checkpoint, rank, world
 from sharding import local
 
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-4}                          # of the first ratio, measured; guidance magnifies rounding
+
 
 @functools.cache
 def warn(line):

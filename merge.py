@@ -63,7 +63,7 @@ class Args:
     reference: int = 1050                           # M, pictures of the mean's in the reference, of which `images` are replaced
     prompts: str = ""                               # what is drawn (default: the model folder's prompts.jsonl)
     # rl: the table
-    report_target: str = ""                         # real pictures of the table (default: the other half, real-2.npz)
+    report_target: str = ""                         # real pictures of the table (default: the other half, real-2.npz; with a --target, that one)
     report_images: int = 5000                       # pictures of each row, at noise that no search has seen
     report_seed: int = 1000                         # of that noise
     # rl: sampling, machine
@@ -273,8 +273,9 @@ def search(args, task, blocks, fixed, log, interrupt):
 
 
 def report(args, task, base, judged, rows):
-    """The table: each row's merge judged by fresh pictures, against the half of the real ones that no search has seen. -> markdown lines"""
-    lines, real, folder = [], None, task.model.folder
+    """The table: each row's merge judged by fresh pictures, against --report_target: the half of the real ones that no search has seen, unless
+    --target alone was given. -> markdown lines"""
+    lines, real, folder, who = [], None, task.model.folder, [p for p in judged for _ in range(args.report_images // len(judged))]
     if task.pool:
         *real, _ = load_target(Path(args.report_target), task.measure, task.model.decode(torch.zeros(1, *task.model.shape, device=task.model.device)))
     other = "reward" if args.features == "evaluator" else "evaluator"    # who has not been searched by
@@ -282,7 +283,8 @@ def report(args, task, base, judged, rows):
     for name, c in rows.items():
         put(task.model.network, base if c is None else merge(task.views, c))
         images = evaluation.generate(task.model, judged, args.report_images // len(judged), args.steps, args.guidance, args.report_seed, args.batch)
-        scores = {}
+        paid = task.reward(images, [p.text for p in who], [p.metadata for p in who])
+        scores = {f"reward {name}": value.double().mean().item() for name, value in paid.items()}
         if task.pool:
             found = torch.cat([task.measure(x) for x in images.split(args.batch)])
             scores["FD, searched features"] = dist_reward.frechet_distance(*dist_reward.moments(found), *real)

@@ -37,7 +37,7 @@ from sharding import clip_gradients, shard
 from shaping import gardo, group_advantage, group_diversity, shaped_returns
 from weights import EMA_LENGTHS, power_decay, save_snapshots, swapped
 
-ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3                 # 2 is the evaluation's: no two draws share their noise
+ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3                 # 2 is the evaluation's: each has its own noise
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Args:
     diversity_features: str = "reward"              # where distances are measured: latents, or whatever --features takes
     metric: Literal["cosine", "euclidean"] = "cosine"  # distance of two rollouts
     nearest: int = 3                                # mean distance to this many nearest of the group; 0: to all
-    success: bool = True                            # the potential counts only for rollouts with at least their group's mean reward
+    success: bool = True                            # the potential counts only for rollouts with at least their group's mean reward (--terminal keep)
     gamma: float = 1.0                              # discount of the shaping
     terminal: Literal["keep", "zero"] = "keep"      # potential of the finished picture: keep it (a bonus), or zero (optimum unchanged)
     # other protections, to compare with
@@ -88,7 +88,7 @@ class Args:
     # update
     std: Literal["batch", "group", "none"] = "batch"  # what divides a centred reward: std of the batch, of its group, or nothing
     train: Literal["attention", "all"] = "attention"  # which weights learn
-    lora: int = 0                                   # rank of a LoRA that learns in place of the weights (alpha = rank); 0: the weights themselves
+    lora: int = 0                                   # rank of a LoRA of the attention that learns in place of the weights (alpha = rank); 0: the weights
     lr: float = 3e-4                                # AdamW's learning rate
     warmup: int = 5                                 # iterations over which lr rises
     updates: int = 2                                # optimizer steps a pass
@@ -140,7 +140,7 @@ def credit(args, weights, terms, potential, closest):
     advantage = total(index)                                                                 # [P, K]
     if args.gardo:
         advantage = gardo(advantage, closest, index)
-    if args.success:                                                     # DRIVE, the same group's later paper: only a success is paid
+    if args.success and args.terminal == "keep":                         # DRIVE, the same group's later paper: only a success is paid
         potential = potential * (score >= 0)
     shaped = shaped_returns(torch.zeros_like(potential[0]), potential, args.gamma, 1.0, args.terminal)
     return index, advantage + args.diversity * group_advantage(shaped, index)                # each signal in units of its own std
@@ -166,7 +166,7 @@ def fresh_reference(args, model, policy, table, null, measure, step):
     for at in range(mine.start, mine.stop, args.batch):
         samples = range(at, min(at + args.batch, mine.stop))
         trajectory = explore(args, model, policy, table, null, who[samples.start:samples.stop], samples, (REFERENCE_STREAM, args.seed, step))
-        found.append(measure(model.decode(trajectory.latents[-1].to(model.device))))
+        found += [measure(part) for part in model.decode(trajectory.latents[-1].to(model.device)).split(args.reward_batch or args.batch)]
     return runtime.gather(torch.cat(found), args.reference)
 
 
@@ -180,22 +180,23 @@ def sample_groups(args, model, policy, table, null, reward, measure, look, promp
     guards.check_finite(step, {"a latent": trajectory.latents, "a predicted picture": trajectory.x0_hats, "a log-prob": trajectory.log_probs}, model.device)
     with torch.inference_mode():
         images = model.decode(trajectory.latents[-1].to(model.device))                        # [B, 3, H, W]
-        states = [*trajectory.x0_hats[policy.window.start:policy.window.stop], trajectory.latents[-1]]        # W + 1 of [B, ...]
-        see = lambda x: in_parts(lambda part: look(model.decode(part)) if look else part.flatten(1), x)
+        states = trajectory.x0_hats[policy.window.start:policy.window.stop] if args.diversity else ()         # [W, B, ...]; looked at if paid for
+        space, finished = (look, images) if look else (lambda x: x.flatten(1), trajectory.latents[-1])
         with guards.together(f"iteration {step + 1}"):
             terms = reward(images, [prompts[w].text for w in who], [prompts[w].metadata for w in who])
-            found, seen = in_parts(measure, images) if measure else None, torch.stack([see(x) for x in states], 1)
+            found = in_parts(measure, images) if measure else None
+            seen = [in_parts(lambda x: space(model.decode(x) if look else x), state) for state in states] + [in_parts(space, finished)]
         found = runtime.gather(found, P * N).reshape(P, N, -1) if measure else None
         terms = {name: runtime.gather(value, P * N).reshape(P, N) for name, value in terms.items()}
-        features = runtime.gather(seen, P * N).transpose(0, 1).reshape(W + 1, P, N, -1)
-        potential = torch.stack([group_diversity(f, args.metric, args.nearest) for f in features])            # [W + 1, P, N]
+        features = runtime.gather(torch.stack(seen, 1), P * N).transpose(0, 1).reshape(len(seen), P, N, -1)
+        potential = torch.stack([group_diversity(f, args.metric, args.nearest) for f in features]).expand(W + 1, P, N)
         closest = group_diversity(features[-1], "cosine", nearest=1)                          # [P, N]
     return trajectory, terms, found, potential, closest
 
 
 def update(args, model, reference, policy, null, optimizer, weights, trajectory, index, advantage, step):
     """TRAIN: clipped policy gradient on the kept (rollout, step) pairs, in `updates` optimizer steps a pass -> metrics. Their order is
-    random, but every optimizer step sees each rollout equally often: less noise, and equal work for the processes."""
+    random, but if `updates` divides W every optimizer step sees each rollout equally often: less noise, and equal work for the processes."""
     W, D, samples = len(policy.window), math.prod(model.shape), runtime.share(args.prompts_per_step * args.group_size)
     kept = (torch.arange(len(index))[:, None] * args.group_size + index.cpu()).flatten().to(model.device)      # sample numbers [P K]
     advantage = advantage.float().reshape(W, -1).to(model.device)                             # [W, P K]
@@ -225,8 +226,7 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
         args.shard or runtime.sum_gradients(weights.values())
         totals, norm = totals + runtime.all_sum(tally), clip_gradients(weights.values(), args.grad_clip)
         ratio_error = runtime.all_max(ratio_error, model.device) if n == 0 else ratio_error
-        tolerance = {"float32": 1e-5, "bfloat16": 1e-3 if args.compile else 1e-4}[args.precision] * (1 + 2 * abs(args.guidance - 1))     # measured; guidance magnifies rounding
-        guards.check_update(step, norm, ratio_error, tolerance, args.clip / D)
+        guards.check_update(step, norm, ratio_error, guards.TOLERANCE[args.precision] * (1 + 2 * abs(args.guidance - 1)), args.clip / D)
         optimizer.step()
     loss, kl, clipped, count = totals.tolist()
     return {"loss": loss / count, "kl": kl / count, "clip_fraction": clipped / count, "grad_norm": norm, "ratio_error": ratio_error}

@@ -27,6 +27,8 @@ FLAGS = [*zip(NAMED, NAMED)] + [  # flags, what the line must name
     ("--reward fid --features nothing", "nothing"), ("--reward fid --features inception:{tmp}/none.pt", "{tmp}/none.pt"),
     ("--reward fid --features dinov2:{tmp}/none", "{tmp}/none"), ("--reward fid --features no_such_module:f", "no_such_module"),
     ("--reward fid --target {tmp}/none.npz", "{tmp}/none.npz"), ("--reward fid --target {tmp}/none", "{tmp}/none"),
+    ("--drift off --select all --diversity 0.3", "--diversity 0.3: --drift off"), ("--drift off --select spread", "--select spread: --drift off"),
+    ("--reward fid --replace 2", "--replace 2: means nothing with --price potential"), ("--lora 4 --train all", "--train all: a LoRA"),
     ("--reward kid", "kid needs"), ("--reward fid --reference 7", "--reference 7"), ("--reward fid --replace 3", "--replace 3"), ("--reward fid --features json:loads", "--target"), ("--reward fid --target {tmp}", "{tmp}"),
     ("--model {tmp}/nowhere", "{tmp}/nowhere"), ("--model {tmp}", "model_index.json"),
     ("--prompts {tmp}/none.jsonl", "{tmp}/none.jsonl"), ("--prompts {tmp}", "{tmp}"),
@@ -134,7 +136,7 @@ def test_real_moments_without_the_kernel_width(tiny, tmp_path, refused):
     refused(small(tmp_path / "model", tmp_path / "run"), "real.npz", "scale")
 
 
-@pytest.mark.parametrize("change, naming", [("--lr 0.5", "--lr"), ("--seed 3", "--seed"), ("--drift off", "--drift"),
+@pytest.mark.parametrize("change, naming", [("--lr 0.5", "--lr"), ("--seed 3", "--seed"), ("--drift off --select all", "--drift"),
                                             ("--window 1:3", "--window")])
 def test_a_run_folder_of_another_configuration(tiny, tmp_path, refused, change, naming):
     import dataclasses

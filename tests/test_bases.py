@@ -124,7 +124,7 @@ def test_a_compiled_run_is_the_plain_one(names, tmp_path):  # noqa: F811
     way = sum((b[name] - network.state_dict()[name]).norm() for name in b)
     assert a.keys() == b.keys() and sum((a[name] - b[name]).norm() for name in b) < 0.01 * way
     launch([*argv, "--out", str(tmp_path / "low"), "--compile", "--precision", "bfloat16", "--checkpointing", "--iterations", "1"])
-    assert 0 < read_metrics(tmp_path / "low")[1]["ratio_error"] <= 1e-3
+    assert read_metrics(tmp_path / "low")[1]["ratio_error"] <= 1e-4
     assert {*read_weights(compiled)} == {*read_weights(plain)}
 
 
@@ -169,3 +169,26 @@ def test_a_base_without_networks_of_its_own_says_so(names, tmp_path, capsys, fla
         launch(["--model", names["sd1"], "--prompts", str(tmp_path / "prompts.txt"), *flags, "--dry_run"])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and re.match(rf"error: --(diversity_)?features reward: {names['sd1']} holds no such network; give another", said)
+
+
+@pytest.mark.parametrize("family, flags, naming", [
+    ("sd1", "--steps 1000", "--steps 1000: 1000 steps do not fit a schedule of 1000"), ("sd1", "--eval_steps 1001", "--eval_steps 1001:"),
+    ("sd1", "--kernel flow-grpo", "--kernel flow-grpo: is defined for flows"), ("edm2", "--kernel flow-grpo", "--kernel flow-grpo:")])
+def test_what_the_schedule_or_the_path_of_a_base_cannot_do_is_refused(names, tmp_path, capsys, family, flags, naming):  # noqa: F811
+    (tmp_path / "prompts.txt").write_text("3\n")
+    launch([*(argv := ["--model", names[family], "--prompts", str(tmp_path / "prompts.txt"), "--reward", "jpeg", "--diversity_features", "latents"]), "--dry_run"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        launch([*argv, *flags.split(), "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith(f"error: {naming}") and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["images", "score"])
+def test_pictures_of_more_steps_than_the_schedule_has_are_refused(names, tmp_path, capsys, command):  # noqa: F811
+    (tmp_path / "prompts.txt").write_text("3\n")
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([command, names["sd1"], "--steps", "1001", "--n", "10", "--prompts", str(tmp_path / "prompts.txt"), "--out",
+                         str(tmp_path / ("out" if command == "images" else "out.json"))])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: --steps 1001: ") and said.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]

@@ -78,7 +78,7 @@ def test_with_the_judge_s_own_features_the_other_classifier_judges(tiny, tmp_pat
 
 
 @pytest.mark.parametrize("flags", [
-    "--drift off", "--select spread", "--gardo", "--kl 0.1", "--ema 0.5 --train all", "--diversity_features latents --no-success",
+    "--drift off --select all --prompt_noise 0 --diversity 0", "--select spread", "--gardo", "--kl 0.1", "--ema 0.5 --train all", "--diversity_features latents --no-success",
     "--reward fid:1,class:0.5", "--reward class:1,fid:0.5 --price quadratic --replace 1", "--std none", "--refresh 1", "--guidance 2",
     "--precision bfloat16", "--batch 3", "--passes 2 --updates 1", "--kernel flow-grpo"])
 def test_it_works_with_every_other_mechanism(tiny, tmp_path, flags):
@@ -162,9 +162,10 @@ def test_own_features_of_another_size_than_the_target_are_refused(tiny, tmp_path
 
 TEACH = ("--iterations 16 --prompts_per_step 4 --group_size 16 --keep 16 --train all --lr 0.005 --kernel cps --eta 1 --std batch --clip 1 "
          "--eval_every 16 --eval_images 200 --save_every 16 --updates 2 --prompt_noise 0.25 --reference 64").split()
+OFF = "--drift off --select all --prompt_noise 0"
 
 
-@pytest.mark.parametrize("flags", ["--drift off", "--drift off --price exact --replace 1", "--drift off --price exact", "--diversity 0.1"])
+@pytest.mark.parametrize("flags", [OFF, f"{OFF} --price exact --replace 1", f"{OFF} --price exact", "--diversity 0.1"])
 def test_the_distance_of_fresh_pictures_falls(tiny, tmp_path, flags):
     launch(small(tiny, tmp_path / "run", *TEACH, "--reward", "fid", *flags.split()))
     rows = read_metrics(tmp_path / "run")

@@ -281,7 +281,7 @@ def test_grid_puts_before_and_after_side_by_side(tmp_path):
 
 
 def test_compare_and_grid_of_real_runs(tiny, tmp_path, capsys):
-    for name, flags in (("plain", ["--drift", "off"]), ("drift", [])):
+    for name, flags in (("plain", ["--drift", "off", "--select", "all"]), ("drift", [])):
         launch(small(tiny, tmp_path / name, *flags))
     capsys.readouterr()
     command("compare", tmp_path / "plain", tmp_path / "drift", "--out", tmp_path / "c.png")

@@ -637,6 +637,20 @@ def test_the_table_judges_every_rival_by_fresh_pictures(rl, tiny, four):
             "accuracy": pytest.approx(scores["accuracy"], abs=1e-3)}
 
 
+def test_a_reward_that_was_searched_stands_in_the_table_whoever_judges(run, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    for part in ("reward", "evaluator"):
+        shutil.rmtree(tmp_path / "model" / part)
+    snapshots = [str(run / "snapshots" / f"0000{i}.safetensors") for i in (1, 2)]
+    for model in (tiny, tmp_path / "model"):
+        out = tmp_path / f"out-{model.name}"
+        merge.main(["rl", *snapshots, *RL, "--reward", "jpeg", "--updates", "1", "--model", str(model), "--out", str(out)])
+        images = evaluation.generate(models.load(out / "model"), prompting.read_prompts(tiny / "eval_prompts.jsonl"), 2, 2, 1.0, 1000, 500)
+        expected = rewards.Reward("jpeg", tiny)(images, [""] * len(images), [{}] * len(images))["jpeg"].mean().item()
+        assert table(out)["RL"]["reward jpeg"] == pytest.approx(expected, abs=1e-3)
+        assert ("accuracy" in table(out)["RL"]) == (model == tiny) and all("reward jpeg" in row for row in table(out).values())
+
+
 def test_without_averages_the_table_has_no_such_row(run, tmp_path):
     merge.main(["rl", *(str(run / "snapshots" / f"0000{i}.safetensors") for i in (1, 2, 3)), *RL, "--updates", "1", "--out", str(tmp_path / "out")])
     assert len(table(tmp_path / "out")) == 5 and not any("EMA" in name for name in table(tmp_path / "out"))
@@ -809,7 +823,7 @@ BAD = [  # command line, what the line must name
     ("ema {four} --out {out} --sigma_rel=-0.1", "--sigma_rel -0.1"), ("ema {four} --out {out} --sigma_rel nan", "--sigma_rel nan"),
     ("ema {four} --out {out} --sigma_rel short", "--sigma_rel short"), ("ema {four} --out {out} --sigma_rel=", "--sigma_rel"),
     ("ema {one} --out {out}", "two"), ("ema {raw} {raw2} --out {out}", "averages"), ("ema {one} {raw} --out {out}", "averages"),
-    ("ema {one} {one} --out {out}", "iteration 2"), ("rl {one} {one} --out {out}", "iteration 2"), ("rl {one} --out {out}", "two"),
+    ("ema {one} {one} --out {out}", "given twice"), ("rl {raw} {raw2} {raw} --out {out}", "given twice"), ("rl {one} --out {out}", "two"),
     ("rl {four} --out {out} --sigma_rel=", "--sigma_rel"), ("rl {four} --out {out} --group_size 3", "--group_size 3"),
     ("rl {four} --out {out} --group_size 0", "--group_size 0"), ("rl {four} --out {out} --updates 0", "--updates 0"), ("rl {four} --out {out} --std 0", "--std 0"),
     ("rl {four} --out {out} --lr nan", "--lr nan"), ("rl {four} --out {out} --images 31", "--images 31"), ("rl {four} --out {out} --images 90 --reference 60", "--images 90"),

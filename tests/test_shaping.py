@@ -290,6 +290,15 @@ def test_success_gives_the_potential_to_the_better_half_only():
     assert torch.equal(credit(args(success=True), equal, potential, closest)[1], credit(args(), equal, potential, closest)[1])
 
 
+def test_a_potential_that_only_shapes_knows_no_success():
+    """Masked by the outcome, a potential that is zero at the end would be a fine for a success, as large as the diversity before it."""
+    rewards, potential, closest = torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.full((4, 1, 4), 0.5), torch.ones(1, 4)
+    for terminal in ("zero", "keep"):
+        _, ours = credit(args(success=True, terminal=terminal, gamma=1.0), rewards, potential, closest)
+        _, plain = credit(args(diversity=0.0), rewards, potential, closest)
+        torch.testing.assert_close(ours, plain)                          # equally diverse, so nothing to pay
+
+
 def test_gardo_multiplies_positive_advantages_by_the_relative_distance():
     rewards, potential, closest = randn(3, 6), torch.zeros(4, 3, 6), torch.rand(3, 6, generator=torch.Generator().manual_seed(2))
     index, plain = credit(args(), rewards, potential, closest)

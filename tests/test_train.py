@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,7 +232,7 @@ def test_text_encoder_and_tokenizer_are_copied_as_they_were(done, tiny):
 
 
 def test_drift_off_is_plain_grpo(tiny, tmp_path):
-    launch(small(tiny, tmp_path / "off", "--drift", "off"))
+    launch(small(tiny, tmp_path / "off", "--drift", "off", "--select", "all"))
     launch(small(tiny, tmp_path / "by_hand", "--drift", "on", "--select", "all", "--keep", 4, "--prompt_noise", 0, "--diversity", 0))
     assert read_metrics(tmp_path / "off") == read_metrics(tmp_path / "by_hand")
     same(read_weights(tmp_path / "off"), read_weights(tmp_path / "by_hand"))
@@ -252,7 +253,7 @@ FLAGS = [
     ("model", "{tiny}", "{other}", "rollouts", "--prompts {tiny}/prompts.jsonl"),
     ("prompts", "{tiny}/prompts.jsonl", "{one}", "rollouts", ""),
     ("reward", "class:1", "class:1,ink:0.1", "rollouts", ""), ("out", "{tmp}/here", "{tmp}/there", "output", ""),
-    ("iterations", 2, 3, "output", ""), ("seed", 0, 1, "rollouts", ""), ("drift", "on", "off", "rollouts", ""),
+    ("iterations", 2, 3, "output", ""), ("seed", 0, 1, "rollouts", ""), ("drift", "on", "off", "rollouts", "--select all --keep 4 --prompt_noise 0.5 --diversity 0.5"),
     ("dry_run", False, True, "nothing", ""), ("prompts_per_step", 2, 4, "rollouts", ""), ("group_size", 4, 5, "rollouts", ""),
     ("steps", 4, 5, "rollouts", ""), ("window", "0:2", "1:3", "rollouts", ""), ("kernel", "cps", "ancestral", "rollouts", ""),
     ("eta", 0.8, 0.5, "rollouts", ""), ("guidance", 1, 2, "rollouts", ""),
@@ -328,7 +329,7 @@ def test_every_flag_does_what_it_says(tiny, outcome, name, value, other, where, 
         (owner, function, look, expected), folder, firsts = SPIES[name], outcome().out.parent, []
         original = getattr(owner, function)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.nn.Module, "compile", lambda network: None)                  # takes minutes: tested below
+            patch.setattr(torch.nn.Module, "compile", lambda network, options: None)                  # takes minutes: tested below
             for number in (value, other):
                 calls = []
                 patch.setattr(owner, function, lambda *arguments: calls.append(look(arguments)) or original(*arguments))
@@ -778,12 +779,38 @@ def test_an_update_that_disagrees_with_the_rollout_is_caught(tiny, tmp_path, mon
 
 def test_equal_rewards_teach_nothing_and_break_nothing(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(rewards.NAMES, "class", lambda logits, labels, images: torch.full((len(images),), 0.1))
-    launch(small(tiny, tmp_path / "plain", "--drift", "off"))
+    launch(small(tiny, tmp_path / "plain", "--drift", "off", "--select", "all"))
     rows, base, tuned = read_metrics(tmp_path / "plain")[1:], network(tiny), network(tmp_path / "plain" / "model")
     assert [row["zero_std_fraction"] for row in rows] == [1, 1] and [row["grad_norm"] for row in rows] == [0, 0]
     same(base, tuned)
     launch(small(tiny, tmp_path / "shaped", "--diversity", 0.3))
     assert not equal_weights(base, network(tmp_path / "shaped" / "model"))
+
+
+def test_diversity_that_is_not_paid_is_seen_in_the_finished_pictures_alone(tiny, tmp_path, monkeypatch):
+    seen, features = [], train.load_features
+    monkeypatch.setattr(train, "load_features", lambda *which: lambda images: seen.append(len(images)) or features(*which)(images))
+    for weight, states in ((0, 1), (1e-300, 3)):                         # the second, lost in float32, has two steps more to look at
+        seen.clear()
+        launch(small(tiny, tmp_path / f"{weight}", "--diversity", weight))
+        assert sum(seen) == 2 * 8 * states
+    a, b = ([{name: value for name, value in row.items() if "seconds" not in name and "memory" not in name} for row in read_metrics(tmp_path / f"{weight}")]
+            for weight in (0, 1e-300))
+    assert a == b
+    same(read_weights(tmp_path / "0"), read_weights(tmp_path / "1e-300"))
+
+
+@pytest.mark.parametrize("judge", [True, False])
+def test_no_network_sees_more_pictures_at_once_than_reward_batch(tiny, tmp_path, monkeypatch, judge):
+    shutil.copytree(tiny, tmp_path / "model")
+    judge or shutil.rmtree(tmp_path / "model" / "evaluator")
+    seen, features, score, original = [], rewards.load_classifier(tiny / "reward").features, rewards.Reward.score, train.open_pool
+    look = lambda images: seen.append(len(images)) or features(images)
+    monkeypatch.setattr(train, "load_features", lambda *which: look)
+    monkeypatch.setattr(train, "open_pool", lambda *which: (lambda pool, _, target: (pool, look, target))(*original(*which)))
+    monkeypatch.setattr(rewards.Reward, "score", lambda self, images, *rest: seen.append(len(images)) or score(self, images, *rest))
+    launch(small(tmp_path / "model", tmp_path / "run", "--reward", "class:1,fid:0.3", "--reference", 24, "--reward_batch", 3))
+    assert max(seen) == 3 and sum(seen) > 100
 
 
 def test_unequal_rewards_are_not_counted_as_equal(done):
@@ -797,9 +824,10 @@ def test_groups_of_two_work(tiny, tmp_path):
 
 TEACH = ("--iterations 14 --prompts_per_step 4 --group_size 16 --keep 12 --train all --lr 0.005 --kernel cps --eta 1 --std batch --clip 1 "
          "--eval_every 14 --save_every 14 --updates 2 --tau1 0.6 --tau2 1.2 --psi 1 --prompt_noise 0.25").split()
+PLAIN = "--select all --prompt_noise 0"                                  # what is above, taken back
 
 
-@pytest.mark.parametrize("flags, sign", [("--drift off", 1), ("--drift off", -1), ("--diversity 0 --select window", 1),
+@pytest.mark.parametrize("flags, sign", [(f"--drift off {PLAIN}", 1), (f"--drift off {PLAIN}", -1), ("--diversity 0 --select window", 1),
                                          ("--diversity 0.3", 1)])
 def test_the_mean_reward_rises(tiny, tmp_path, monkeypatch, flags, sign):
     monkeypatch.setitem(rewards.NAMES, "ink", lambda logits, labels, images: images.mean((1, 2, 3)))
