@@ -5,7 +5,8 @@ before step t is its distance to the group, measured on the clean picture x0_hat
     F_t = gamma Phi(s_{t+1}) - Phi(s_t)        (Ng, Harada & Russell 1999),
 and the advantage at step t is that of the return-to-go, so that the step which made a rollout different is the one that is paid.
 Summed up, F telescopes to gamma^T Phi(s_T) - Phi(s_0). Hence two modes: terminal="zero" sets Phi(s_T) = 0, the theorem's condition,
-and leaves the optimal policy as it was; "keep" pays for the diversity of the finished pictures, and so moves the optimum on purpose.
+and leaves the optimal policy as it was; "keep" pays for the diversity of the finished pictures, and so moves the optimum on purpose (and, in
+train.py's `credit`, pays the successful ones alone: under "zero" such a mask, which the outcome decides, would be a fine for success).
 Left out on purpose: kernels and clusters; a distance and its k nearest neighbours say it.
 """
 import torch

@@ -1,15 +1,15 @@
 """What training costs, and what it costs in a plain loop: rollout, update, the rest of an iteration, memory, processes.
 
     python experiments/speed.py                         # tiny and two small bases, two processes against one; three minutes on two cores
+    python experiments/speed.py --compile               # "ours in bfloat16" compiled as well, which takes six minutes more and a C++ compiler
     python experiments/speed.py --bases sd15,sd35       # random weights of the real sizes; on a GPU they are in the default (not yet run on one)
 
 The peer is a plain loop over the same model, written here as DDPO's and Flow-GRPO's published trainers are: prompts are encoded anew for each batch of
 rollouts, time steps go one by one, and the update is one backward for each (batch of samples, time step). Its batches, 8 rollouts and 4 training samples,
-are those of DDPO's published configuration (Flow-GRPO takes 9 and 9 for SD 3.5); the column "same batches" gives it ours, and "ours in bfloat16" is our
-loop with `--precision bfloat16` against the peer in its own precision. In one thing it is slower than they are: each guidance half is a forward of its own.
-Both loops must give the same pictures from the same noise and the same gradient, or nothing is timed.
-They take turns; a ratio is the median over them. The learning rate is 0, so all turns are alike. "Of matrix rate": the operations torch counts (not a
-CPU's attention) over those of a product of two square matrices in that time. Memory of a CPU: the process, both precisions. Left out: evaluation.
+are those of DDPO's published configuration (Flow-GRPO takes 9 and 9 for SD 3.5); "same batches" gives it ours, "ours in bfloat16" is our loop with
+`--precision bfloat16` against the peer in its own. In one thing it is slower than they are: each guidance half is a forward of its own. Both loops must
+give the same pictures from the same noise and the same gradient, or nothing is timed. They take turns; a ratio is the median over them. The learning rate
+is 0. "Of matrix rate": the operations torch counts (not a CPU's attention) over those of two square matrices in that time. Left out: evaluation.
 """
 import ctypes
 import os
@@ -35,6 +35,7 @@ import models  # noqa: E402
 import runtime  # noqa: E402
 import train  # noqa: E402
 from checks import numbers  # noqa: E402
+from evidence import command_line  # noqa: E402
 from features import load_features  # noqa: E402
 from prompting import Prompt, draw_prompts, read_prompts  # noqa: E402
 from random_bases import NAMES, build  # noqa: E402
@@ -61,6 +62,7 @@ class Args:
     group_size: int = 0                             # rollouts a group; 0: 16 for tiny, else 8
     steps: int = 3                                  # sampling steps; all but the last are stochastic and trained
     batch: int = 0                                  # ours, in one forward; 0: 160 for tiny, 32 for sd1 and sd3, 16 (4 in the update) for the real sizes
+    compile: bool = False                           # ours in bfloat16 is compiled, too
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the networks' forwards; auto: float32, bfloat16 for the real sizes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
 
@@ -75,23 +77,22 @@ class Bench:
     who: np.ndarray                                                      # the prompt of each rollout
     table: tuple                                                         # embeddings of the prompts
     null: tuple
-    trained: dict                                        # {name: parameter}
+    trained: dict                                                        # {name: parameter}
     optimizer: torch.optim.Optimizer
 
     def guided(self, guidance):
         return replace(self, policy=replace(self.policy, guidance=guidance))
 
 
-def open_bench(base, folder, options, device):
+def open_bench(base, folder, options, device, compile=False):
     """The base at `folder`. Plain GRPO: the published loops have no prompt noise, and the update is one optimizer step."""
     kind = "tiny" if base == "tiny" else "real" if base in ("sd15", "sd35") else "small"
     P, N, batch, train_batch = SIZES[kind]
     precision = {"auto": "bfloat16" if kind == "real" else "float32"}.get(options.precision, options.precision)
-    args = train.Args(prompts_per_step=options.prompts_per_step or P, group_size=options.group_size or N, steps=options.steps,
-                      batch=options.batch or batch, train_batch=options.batch or train_batch, keep=options.group_size or N, prompt_noise=0.0,
-                      diversity=0.0, updates=1, grad_clip=1e9, precision=precision, reward="class" if kind == "tiny" else "jpeg",
-                      diversity_features="reward" if kind == "tiny" else "latents")
-    model = models.load(folder, device, args.precision)
+    args = train.Args(prompts_per_step=options.prompts_per_step or P, group_size=options.group_size or N, steps=options.steps, keep=options.group_size or N,
+                      batch=options.batch or batch, train_batch=options.batch or train_batch, prompt_noise=0.0, diversity=0.0, updates=1, grad_clip=1e9,
+                      precision=precision, reward="class" if kind == "tiny" else "jpeg", diversity_features="reward" if kind == "tiny" else "latents")
+    model = models.load(folder, device, args.precision, compile=compile)
     trained = {n: p for n, p in model.network.named_parameters() if p.requires_grad_("attn" in n).requires_grad}
     policy = Policy(model.path, model.path.times(args.steps).to(device), range(args.steps - 1), args.eta, args.kernel)
     prompts = read_prompts(folder / "prompts.jsonl") if (folder / "prompts.jsonl").is_file() else [Prompt(text) for text in TEXTS]
@@ -213,9 +214,8 @@ def counted(function):
 def check_same(bench, options, noise, advantage):
     """Raises RuntimeError unless both loops give the same pictures and the same gradient -> what torch counts in our rollout and update."""
     far = lambda a, b: ((a.double() - b.double()).norm() / b.double().norm()).item()
-    trajectory, samples = our_rollout(bench), peer_rollout(bench, noise, options.peer_batch)
+    trajectory, samples, found = our_rollout(bench), peer_rollout(bench, noise, options.peer_batch), []
     pictures = far(torch.cat([s[0][-1] for s in samples]), trajectory.latents[-1])
-    found = []
     for update in (lambda: our_update(bench, trajectory, advantage), lambda: peer_update(bench, samples, advantage, options.peer_train_batch)):
         update()
         found.append(torch.cat([p.grad.flatten() for p in bench.trained.values()]))
@@ -226,7 +226,7 @@ def check_same(bench, options, noise, advantage):
 
 
 def compare_loops(base, bench, low, options):
-    """Prints two rows of the first table for each scale of guidance. low: the same base in bfloat16, what `--precision bfloat16` makes of our loop."""
+    """Prints two rows of the first table for each scale of guidance. low: the same base in bfloat16, and perhaps compiled."""
     device, args, B, W = bench.model.device, bench.args, len(bench.who), len(bench.policy.window)
     draw = lambda: torch.randn(B, 1 + W, *bench.model.shape, device=device)
     advantage = torch.randn(B, generator=torch.Generator().manual_seed(0)).to(device)
@@ -309,12 +309,11 @@ def worker(base, options):
 def check(options):
     """-> the bases. Raises ValueError, in one line."""
     bases = options.bases.split(",") if options.bases else ["tiny", "sd1", "sd3"] + ["sd15", "sd35"] * torch.cuda.is_available()
-    for base in bases:
-        if not (base in ("tiny", *NAMES) or Path(base).is_dir()):
-            raise ValueError(f"--bases {base}: neither a folder nor one of tiny, {', '.join(NAMES)}")
-    for name, least in (("repeats", 1), ("peer_batch", 1), ("peer_train_batch", 1), ("processes", 0), ("steps", 2), ("batch", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} {getattr(options, name)}: must be {least} or more")
+    for base in (base for base in bases if base not in ("tiny", *NAMES) and not Path(base).is_dir()):
+        raise ValueError(f"--bases {base}: neither a folder nor one of tiny, {', '.join(NAMES)}")
+    least = {"repeats": 1, "peer_batch": 1, "peer_train_batch": 1, "processes": 0, "steps": 2, "batch": 0}
+    for name in (name for name in least if getattr(options, name) < least[name]):
+        raise ValueError(f"--{name} {getattr(options, name)}: must be {least[name]} or more")
     numbers("guidance", options.guidance)
     return bases
 
@@ -327,23 +326,24 @@ def main(argv=None):
         return worker(bases[0], options)
     device = runtime.start(options.device)
     print(f"{device}, {torch.get_num_threads()} threads; {options.repeats} turns\n\n"
-          "| base | guidance | | ours | peer | x peer | same batches | ours in bfloat16 | of matrix rate | GB | GB, peer |\n" + "|---" * 11 + "|")
+          f"| base | guidance | | ours | peer | x peer | same batches | ours in bfloat16{', compiled' * options.compile} | of matrix rate | GB | GB, peer |\n" + "|---" * 11 + "|")
     with tempfile.TemporaryDirectory() as scratch:
         rows = []
         for base in bases:
             folder = TINY if base == "tiny" else Path(scratch) / base if base in NAMES else Path(base)
-            if base in NAMES:
-                build(base, folder, device)
+            base in NAMES and build(base, folder, device)
             bench = open_bench(base, folder, options, device)
-            compare_loops(base, bench, bench if bench.args.precision == "bfloat16" else open_bench(base, folder, replace(options, precision="bfloat16"), device), options)
+            torch.compiler.reset()                                       # it compiles a function a few times only, and bases share some
+            shared, coarse = bench.args.precision == "bfloat16" and not options.compile, replace(options, precision="bfloat16")
+            compare_loops(base, bench, bench if shared else open_bench(base, folder, coarse, device, options.compile), options)
             rows.append((base, bench))
         print("\nOne iteration, seconds:\n\n| base | network | decode | reward | features | rest | rest |\n" + "|---" * 7 + "|")
         for base, bench in rows:
             split_iteration(base, bench, options.repeats)
         if options.processes:
-            flags = [f"--{name}={value}" for name, value in vars(options).items() if name != "bases"]
-            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes), __file__,
-                            *flags, f"--bases={'tiny' if bases[0] == 'tiny' else rows[0][1].model.folder}"], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+            flags = command_line(vars(options) | {"bases": "tiny" if bases[0] == "tiny" else rows[0][1].model.folder})
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes), __file__, *flags],
+                           env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
 if __name__ == "__main__":

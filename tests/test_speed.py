@@ -132,6 +132,18 @@ def test_the_tables(tiny, capsys):
     assert float(rows[4][6].split()[0]) == pytest.approx(100 * rest / (network + decode + reward + features + rest), abs=10)
 
 
+def test_with_compile_the_loop_in_bfloat16_is_compiled(tiny, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **more: compiled.append(next(network.parameters()).dtype))
+    monkeypatch.setattr(speed, "compare_loops", lambda base, bench, low, options: compiled.append((bench.args.precision, low.args.precision, low is bench)))
+    monkeypatch.setattr(speed, "split_iteration", lambda *inputs: None)
+    for flags in ([], ["--compile"], ["--compile", "--precision", "bfloat16"], ["--precision", "bfloat16"]):
+        speed.main(["--bases", str(tiny), "--processes", "0", *flags])
+    assert compiled == [("float32", "bfloat16", False), torch.float32, ("float32", "bfloat16", False), torch.float32, ("bfloat16", "bfloat16", False),
+                        ("bfloat16", "bfloat16", True)]
+    assert capsys.readouterr().out.count("ours in bfloat16, compiled") == 2
+
+
 @pytest.mark.slow
 def test_processes_take_turns_with_one(tiny):
     code, out, err = launch_process(["--bases", str(tiny), "--repeats", "1", "--guidance", "1", "--prompts_per_step", "2", "--group_size", "4"],
