@@ -81,7 +81,7 @@ class Bench:
     optimizer: torch.optim.Optimizer
 
     def guided(self, guidance):
-        return replace(self, policy=replace(self.policy, guidance=guidance))
+        return replace(self, args=replace(self.args, guidance=guidance), policy=replace(self.policy, guidance=guidance))
 
 
 def open_bench(base, folder, options, device, compile=False):
