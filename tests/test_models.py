@@ -537,6 +537,20 @@ def test_compiling_changes_no_name_and_is_not_copied(names, monkeypatch):
     assert torch.equal(draw(twin, ["1"], 2), draw(plain, ["1"], 2)) and not torch.equal(draw(model, ["1"], 2), draw(plain, ["1"], 2))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_a_compiled_rollout_and_a_compiled_update_round_alike(names):
+    """One needs no gradient and the other does, so that they are two graphs; left alone, a compiler rounds each to bfloat16 where it likes."""
+    torch.compiler.reset()
+    model = models.load(names["tiny"], precision="bfloat16", compile=True)
+    x, t = torch.randn(4, *model.shape, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.6)
+    prompt = model.encode(["a boot"] * 4)
+    with torch.no_grad():
+        rolled_out = model(x, t, prompt)[0]
+    updated = model(x, t, prompt)[0].detach()
+    assert (rolled_out - updated).norm() < 1e-4 * updated.norm()
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd3", "sit", "edm2"])
 def test_pictures_are_decoded_a_few_at_a_time(names, family, monkeypatch):
     model, seen = models.load(names[family], decode_batch=2), []
