@@ -329,7 +329,7 @@ def test_every_flag_does_what_it_says(tiny, outcome, name, value, other, where, 
         (owner, function, look, expected), folder, firsts = SPIES[name], outcome().out.parent, []
         original = getattr(owner, function)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.nn.Module, "compile", lambda network, options: None)                  # takes minutes: tested below
+            patch.setattr(torch.nn.Module, "compile", lambda network, **how: None)                  # takes minutes: tested below
             for number in (value, other):
                 calls = []
                 patch.setattr(owner, function, lambda *arguments: calls.append(look(arguments)) or original(*arguments))
