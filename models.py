@@ -46,7 +46,7 @@ def load(name, device="cpu", precision="float32", checkpointing=False, decode_ba
     adapter = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3, "sit": SiT, "edm2": EDM2}[kind]
     model = adapter(file or folder, torch.device(device), precision, decode_batch, *([guide] if guide else []))
     if compile:
-        # Rollout and update are two graphs and must round alike: to bfloat16 where the plain network does, and a size for which code is made has its own.
+        # Rollout and update are two graphs and must round nearly alike: to bfloat16 where the plain network does, and each size of a batch by itself.
         model.network.compile(dynamic=False, options={"emulate_precision_casts": True})
     if checkpointing:
         recompute(model.network, model.attention)

@@ -226,7 +226,7 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
         args.shard or runtime.sum_gradients(weights.values())
         totals, norm = totals + runtime.all_sum(tally), clip_gradients(weights.values(), args.grad_clip)
         ratio_error = runtime.all_max(ratio_error, model.device) if n == 0 else ratio_error
-        guards.check_update(step, norm, ratio_error, guards.TOLERANCE[args.precision] * (1 + 2 * abs(args.guidance - 1)), args.clip / D)
+        guards.check_update(step, norm, ratio_error, guards.TOLERANCE["compiled " * args.compile + args.precision] * (1 + 2 * abs(args.guidance - 1)), args.clip / D)
         optimizer.step()
     loss, kl, clipped, count = totals.tolist()
     return {"loss": loss / count, "kl": kl / count, "clip_fraction": clipped / count, "grad_norm": norm, "ratio_error": ratio_error}

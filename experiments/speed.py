@@ -91,7 +91,7 @@ def open_bench(base, folder, options, device, compile=False):
     precision = {"auto": "bfloat16" if kind == "real" else "float32"}.get(options.precision, options.precision)
     args = train.Args(prompts_per_step=options.prompts_per_step or P, group_size=options.group_size or N, steps=options.steps, keep=options.group_size or N,
                       batch=options.batch or batch, train_batch=options.batch or train_batch, prompt_noise=0.0, diversity=0.0, updates=1, grad_clip=1e9,
-                      precision=precision, reward="class" if kind == "tiny" else "jpeg", diversity_features="reward" if kind == "tiny" else "latents")
+                      precision=precision, compile=compile, reward="class" if kind == "tiny" else "jpeg", diversity_features="reward" if kind == "tiny" else "latents")
     model = models.load(folder, device, args.precision, compile=compile)
     trained = {n: p for n, p in model.network.named_parameters() if p.requires_grad_("attn" in n).requires_grad}
     policy = Policy(model.path, model.path.times(args.steps).to(device), range(args.steps - 1), args.eta, args.kernel)

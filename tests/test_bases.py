@@ -124,7 +124,7 @@ def test_a_compiled_run_is_the_plain_one(names, tmp_path):  # noqa: F811
     way = sum((b[name] - network.state_dict()[name]).norm() for name in b)
     assert a.keys() == b.keys() and sum((a[name] - b[name]).norm() for name in b) < 0.01 * way
     launch([*argv, "--out", str(tmp_path / "low"), "--compile", "--precision", "bfloat16", "--checkpointing", "--iterations", "1"])
-    assert read_metrics(tmp_path / "low")[1]["ratio_error"] <= 1e-4
+    assert read_metrics(tmp_path / "low")[1]["ratio_error"] <= 1e-3
     assert {*read_weights(compiled)} == {*read_weights(plain)}
 
 

@@ -548,7 +548,7 @@ def test_a_compiled_rollout_and_a_compiled_update_round_alike(names):
     with torch.no_grad():
         rolled_out = model(x, t, prompt)[0]
     updated = model(x, t, prompt)[0].detach()
-    assert (rolled_out - updated).norm() < 1e-4 * updated.norm()
+    assert (rolled_out - updated).norm() < 1e-3 * updated.norm()          # left alone, 2.7e-3
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd3", "sit", "edm2"])
