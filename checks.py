@@ -69,6 +69,8 @@ def check(args, default):
     if args.snapshot_every:
         models.network_files(args.model)                                 # a snapshot names its base by the numbers in them
     weights = check_reward(args.reward, folder)
+    for name in (name for name in ("features", "target", "price", "replace", "refresh") if name in changed and not {*weights} & {*DISTRIBUTION}):
+        raise ValueError(f"--{name} {changed[name]}: means nothing where --reward, {args.reward}, names neither fid nor kid")
     for flag in ("features",) * bool({*weights} & {*DISTRIBUTION}) + ("diversity_features",):
         need(getattr(args, flag) not in TINY or (folder / getattr(args, flag)).is_dir(),
              f"--{flag} {getattr(args, flag)}: {folder} holds no such network; give another, as in --{flag} dinov2")

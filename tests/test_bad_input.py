@@ -28,6 +28,8 @@ FLAGS = [*zip(NAMED, NAMED)] + [  # flags, what the line must name
     ("--reward fid --features dinov2:{tmp}/none", "{tmp}/none"), ("--reward fid --features no_such_module:f", "no_such_module"),
     ("--reward fid --target {tmp}/none.npz", "{tmp}/none.npz"), ("--reward fid --target {tmp}/none", "{tmp}/none"),
     ("--drift off --select all --diversity 0.3", "--diversity 0.3: --drift off"), ("--drift off --select spread", "--select spread: --drift off"),
+    ("--target {tmp}", "--target {tmp}: means nothing where --reward, class:1,"), ("--refresh 3", "--refresh 3: means nothing"),
+    ("--features evaluator", "--features evaluator: means nothing"), ("--price exact", "--price exact: means nothing"),
     ("--reward fid --replace 2", "--replace 2: means nothing with --price potential"), ("--lora 4 --train all", "--train all: a LoRA"),
     ("--reward kid", "kid needs"), ("--reward fid --reference 7", "--reference 7"), ("--reward fid --replace 3", "--replace 3"), ("--reward fid --features json:loads", "--target"), ("--reward fid --target {tmp}", "{tmp}"),
     ("--model {tmp}/nowhere", "{tmp}/nowhere"), ("--model {tmp}", "model_index.json"),
