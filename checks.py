@@ -45,7 +45,7 @@ def check(args, default):
     for name in (name for name, value in off.items() if args.drift == "off" and name in changed and changed[name] != value):
         raise ValueError(f"--{name} {changed[name]}: --drift off would switch it off; leave out one of them")
     need(args.price != "potential" or not args.replace, f"--replace {args.replace}: means nothing with --price potential; add --price exact, or quadratic")
-    need(not args.lora or args.train == "attention", f"--train {args.train}: a LoRA learns in the attention layers alone; leave out --lora or --train")
+    need(not args.lora or args.train == "attention", f"--train {args.train}: a LoRA learns in attention and feed-forward, whatever this says; leave out --lora or --train")
     args = dataclasses.replace(args, out=args.out or runtime.run_name(changed), **(off if args.drift == "off" else {}))
     args = dataclasses.replace(args, keep=args.group_size if args.select == "all" else args.keep)
     for name, (low, high) in LIMITS.items():
@@ -65,11 +65,14 @@ def check(args, default):
     folder = models.check(args.model)
     check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
     check_shard(args, processes, end - first)
+    need(not args.compile or processes < 2 or not (end - first) % args.updates and (args.select == "all" or not args.prompts_per_step % processes),
+         f"--compile: code is made for each size of a batch, and {processes} processes would have others at each iteration; let --updates divide the "
+         f"{end - first} steps of --window and, unless --select is all, the processes divide --prompts_per_step")
     check_guide(args)
     if args.snapshot_every:
         models.network_files(args.model)                                 # a snapshot names its base by the numbers in them
     weights = check_reward(args.reward, folder)
-    for name in (name for name in ("features", "target", "price", "replace", "refresh") if name in changed and not {*weights} & {*DISTRIBUTION}):
+    for name in (name for name in ("features", "target", "price", "refresh") if name in changed and not {*weights} & {*DISTRIBUTION}):
         raise ValueError(f"--{name} {changed[name]}: means nothing where --reward, {args.reward}, names neither fid nor kid")
     for flag in ("features",) * bool({*weights} & {*DISTRIBUTION}) + ("diversity_features",):
         need(getattr(args, flag) not in TINY or (folder / getattr(args, flag)).is_dir(),

@@ -47,6 +47,7 @@ def load(name, device="cpu", precision="float32", checkpointing=False, decode_ba
     model = adapter(file or folder, torch.device(device), precision, decode_batch, *([guide] if guide else []))
     if compile:
         # Rollout and update are two graphs and must round nearly alike: to bfloat16 where the plain network does, and each size of a batch by itself.
+        torch._dynamo.config.recompile_limit = 64                        # not 8: a size beyond it would go through the plain network, which rounds otherwise
         model.network.compile(dynamic=False, options={"emulate_precision_casts": True})
     if checkpointing:
         recompute(model.network, model.attention)

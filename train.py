@@ -88,7 +88,7 @@ class Args:
     # update
     std: Literal["batch", "group", "none"] = "batch"  # what divides a centred reward: std of the batch, of its group, or nothing
     train: Literal["attention", "all"] = "attention"  # which weights learn
-    lora: int = 0                                   # rank of a LoRA of the attention that learns in place of the weights (alpha = rank); 0: the weights
+    lora: int = 0                                   # rank of a LoRA on attention and feed-forward, in place of the weights (alpha = rank); 0: the weights themselves
     lr: float = 3e-4                                # AdamW's learning rate
     warmup: int = 5                                 # iterations over which lr rises
     updates: int = 2                                # optimizer steps a pass

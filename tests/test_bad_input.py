@@ -196,6 +196,17 @@ def test_more_processes_than_rollouts(tiny, tmp_path, refused, monkeypatch):
     refused(small(tiny, tmp_path / "run"), "9")
 
 
+@pytest.mark.parametrize("flags", ["--prompts_per_step 3", "--updates 3 --prompts_per_step 4"])
+def test_compiled_sizes_that_would_change_with_every_iteration(tiny, tmp_path, refused, monkeypatch, capfd, flags):
+    argv = [*small(tiny, tmp_path / "run", "--compile"), *flags.split()]
+    launch([*argv, "--dry_run"])                                         # one process has the same ones always
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    launch([*small(tiny, tmp_path / "run", "--compile"), "--dry_run"])
+    capfd.readouterr()
+    refused(argv, "--compile: code is made for each size of a batch, and 2 processes")
+
+
 def test_only_the_first_process_speaks(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:

@@ -549,6 +549,7 @@ def test_a_compiled_rollout_and_a_compiled_update_round_alike(names):
         rolled_out = model(x, t, prompt)[0]
     updated = model(x, t, prompt)[0].detach()
     assert (rolled_out - updated).norm() < 1e-3 * updated.norm()          # left alone, 2.7e-3
+    assert torch._dynamo.config.recompile_limit > 8                      # torch's own: past it the plain network stands in, which rounds otherwise
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd3", "sit", "edm2"])
