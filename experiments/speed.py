@@ -4,13 +4,12 @@
     python experiments/speed.py --compile               # "ours in bfloat16" compiled as well, which takes eight minutes more and a C++ compiler
     python experiments/speed.py --bases sd15,sd35       # random weights of the real sizes; on a GPU they are in the default (not yet run on one)
 
-The peer is a plain loop over the same model, written here as DDPO's and Flow-GRPO's published trainers are: prompts are encoded anew for each batch of
-rollouts, time steps go one by one, and the update is one backward for each (batch of samples, time step). Its batches, 8 rollouts and 4 training samples,
-are those of DDPO's published configuration (Flow-GRPO takes 9 and 9 for SD 3.5); "same batches" gives it ours, "ours in bfloat16" is our loop with
-`--precision bfloat16` against the peer in its own. In one thing it is slower than they are: each guidance half is a forward of its own. Both loops must give
-the same pictures from the same noise and the same gradient, or nothing is timed. They take turns; a ratio is the median over them. The learning rate is 0.
-"Of matrix rate": the operations torch counts (not a CPU's attention) over those of a product of two square matrices in that time. "GB" on a CPU: the
-process, both precisions. Left out: evaluation.
+The peer is a plain loop over the same model, as DDPO's and Flow-GRPO's published trainers are: prompts are encoded anew for each batch of rollouts, time steps
+go one by one, and the update is one backward for each (batch of samples, time step). Its batches, 8 rollouts and 4 training samples, are those of DDPO's
+published configuration (Flow-GRPO takes 9 and 9 for SD 3.5); "same batches" gives it ours, "ours in bfloat16" is our loop with `--precision bfloat16` against
+the peer in its own. Slower than they are in one thing: each guidance half is a forward of its own. Both loops must give the same pictures from the same noise
+and the same gradient, or nothing is timed. They take turns; a ratio is the median over them. The learning rate is 0. "Of matrix rate": the operations torch
+counts (not a CPU's attention) over those of a product of two square matrices in that time. "GB" on a CPU: the process, both precisions. Left out: evaluation.
 """
 import ctypes
 import os
