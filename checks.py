@@ -29,7 +29,7 @@ LIMITS = {                                                               # the s
     **dict.fromkeys(("train_batch", "reward_batch"), (0, math.inf)),
     **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "snapshot_every", "lora", "guidance", "tau1", "tau2", "prompt_noise",
                      "diversity", "kl"), (0, math.inf)),
-    **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "ema": (0, 0.9999),
+    **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "decay": (0, 1), "ema": (0, 0.9999),
     **dict.fromkeys(("group_size", "keep", "reference"), (2, math.inf))}
 
 

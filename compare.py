@@ -19,7 +19,7 @@ ALIGNMENT = "eval/log_prob", "alignment: held-out log-probability (higher is bet
 PANELS = [("eval/vendi", "diversity: Vendi score within a prompt (higher is better)"),
           ("eval/fid", "Frechet distance to real pictures (lower is better)")]
 METRICS = ("accuracy", "log_prob", "vendi", "distance", "fid")
-COLUMNS = ("run", "seeds", "accuracy", "log-prob", "Vendi", "distance", "FID", "diversity at equal alignment, %", "at the highest, %",
+COLUMNS = ("run", "seeds", "accuracy", "log-prob", "Vendi", "pairwise distance", "FID", "diversity at equal alignment, %", "at the highest, %",
            "alignment at equal diversity, %", "hypervolume", "minutes")
 COLLAPSED = 1.5                                                          # a Vendi score below this, of eight pictures a prompt or more
 

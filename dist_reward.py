@@ -66,7 +66,7 @@ def trace_root_change(l, Z, core):
 
 
 def bend_factors(root, tolerance=1e-7):
-    """a [Q, D] with sum_q a_qi a_qj = 1 / (r_i r_j (r_i + r_j)), Q about 15: a partial Cholesky of the kernel of that with diagonal 1.
+    """a [Q, D] with sum_q a_qi a_qj = 1 / (r_i r_j (r_i + r_j)), Q from 10 to 20: a partial Cholesky of the kernel of that with diagonal 1.
 
     The kernel 2 (r_i r_j)^(1/2) / (r_i + r_j) is smooth in log r, so what is left falls exponentially with every pivot; it is a bound on
     every entry, relative to the geometric mean of the two diagonal ones.
@@ -186,16 +186,16 @@ class SubsetReplace:
         if how not in ("exact", "quadratic"):
             raise ValueError(f"how={how!r} is none of exact, quadratic, potential")
         G, K, D = new.shape
-        gone = (new.sum(1) - old.sum(0))[:, None] / math.sqrt(M)                              # the mean has moved too: [G, 1, D]
-        # (M - 1) dS = new^T new - old^T old - gone^T gone
-        move, trace = gone[:, 0] / math.sqrt(M), (new.square().sum((1, 2)) - old.square().sum() - gone.square().sum((1, 2))) / (M - 1)
+        pull = (new.sum(1) - old.sum(0))[:, None] / math.sqrt(M)                              # the mean has moved too: [G, 1, D]
+        # (M - 1) dS = new^T new - old^T old - pull^T pull
+        move, trace = pull[:, 0] / math.sqrt(M), (new.square().sum((1, 2)) - old.square().sum() - pull.square().sum((1, 2))) / (M - 1)
         if how == "exact":
-            sign = torch.cat([torch.ones(K), -torch.ones(K)]).to(new)                        # gone is in their span: of rank 2K
+            sign = torch.cat([torch.ones(K), -torch.ones(K)]).to(new)                        # pull is in their span: of rank 2K
             core = (torch.diag(sign) - torch.outer(sign, sign) / M) / (M - 1)
             cross = trace_root_change(l, torch.cat([new, old.expand(G, K, D)], 1) @ B, core)
         else:                                                            # E the change of A: sum E_ii / (2 l_i^1/2) - 1/4 sum E_ij^2 / (...)
             root, small = floored.sqrt(), torch.float64 if D < 512 else torch.float32         # time counts where D does; 1e-5 is enough there
-            Z = torch.cat([new, gone], 1).flatten(0, 1).to(small) @ B.to(small)
+            Z = torch.cat([new, pull], 1).flatten(0, 1).to(small) @ B.to(small)
             new, old = Z.reshape(G, K + 1, D), old.to(small) @ B.to(small)
             first = new[:, :K].double().square().sum(1) - old.double().square().sum(0) - new[:, K].double().square()          # E_ii [G, D]
             cross = (first / (2 * root)).sum(1) / (M - 1) - quadratic_form(new, old, bend_factors(root)) / (4 * (M - 1) ** 2)
@@ -284,7 +284,7 @@ def price_groups(pool, new, oldest, how="potential", replace=0):
     """The reward of every rollout of P groups: features new [P, N, D] -> [P, N].
 
     A rollout of subset-replace is a set of K = `replace` pictures of K different groups (0: of all P), so that its N rivals have the same
-    prompts; they are priced against the same K members, the oldest, and all K pictures earn the one reward. With how="potential" each
+    prompts; they are priced against the same K members, the oldest, and each picture earns a K-th of the one price. With how="potential" each
     picture earns its own. In units of the distance: what it would fall by if all M members changed so, to first order.
     Raises ValueError if K does not divide P.
     """

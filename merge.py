@@ -7,7 +7,7 @@ A merge is a point c of an affine space, c = c_0 + z Q: c_0 is the best merge th
 the weights equally far (snapshots of one run are nearly alike: a step in plain coefficients goes far along one direction and nowhere along the others).
 The policy is z ~ N(mean, std^2). Its pictures come from the deterministic sampler that inference uses: the randomness of RL is in the weights' place,
 not in the step's. The paper's abstract says no more than this; the policy, its space, the blocks and the pricing against a pool are our reading.
-Left out: merging models of different architectures, and second-order policies (with fewer than 20 numbers an evolution strategy is as good).
+Left out: merging models of different architectures, and policies with a full covariance (CMA-ES; there are fewer than 20 numbers).
 """
 import copy
 import math
@@ -238,7 +238,7 @@ def search(args, task, blocks, fixed, log, interrupt):
         own["fixed"].copy_(torch.stack([terms[name] for name in names]))
         own["directions"].copy_(directions(task.views, blocks))
     worth = dict(zip(fixed, task.advantage(dict(zip(names, own["fixed"]))).tolist()))
-    start, first = fixed[max(worth, key=worth.get)], copy.deepcopy(task.pool)
+    start, first = fixed[max(worth, key=worth.get)], copy.deepcopy(task.pool)                 # c_0; its pictures, unchanged, for the random vectors
     if task.pool:
         first.refresh(task.features_of(start, M, pool_key))
         newest or task.pool.refresh(first.features)

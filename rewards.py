@@ -1,4 +1,4 @@
-"""Rewards by name, and the advantage that a group of rollouts makes of them.
+"""Rewards by name, and sums of them.
 
 Sample-wise, (images[B, 3, H, W] in [0, 1], prompts, metadata) -> float32 [B]:
     class               log p(label | picture) of the model folder's reward classifier, no less than FLOOR: did you draw what was asked?

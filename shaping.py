@@ -6,7 +6,7 @@ before step t is its distance to the group, measured on the clean picture x0_hat
 and the advantage at step t is that of the return-to-go, so that the step which made a rollout different is the one that is paid.
 Summed up, F telescopes to gamma^T Phi(s_T) - Phi(s_0). Hence two modes: terminal="zero" sets Phi(s_T) = 0, the theorem's condition,
 and leaves the optimal policy as it was; "keep" pays for the diversity of the finished pictures, and so moves the optimum on purpose (and, in
-train.py's `credit`, pays the successful ones alone: under "zero" such a mask, which the outcome decides, would be a fine for success).
+train.py's `credit`, pays the successful ones alone: under "zero" the return-to-go is -Phi_t, and such a mask would subtract it from them alone).
 Left out on purpose: kernels and clusters; a distance and its k nearest neighbours say it.
 """
 import torch

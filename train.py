@@ -7,7 +7,7 @@
 The algorithm is `train`: prompts -> rollouts -> rewards -> potential -> subset -> advantages -> clipped update (GRPO for flows,
 arXiv 2505.05470; DRIFT, arXiv 2601.12401). Simplifications, on purpose:
   1. no critic: a rollout's advantage is its reward against its group's mean;    2. no replay: rollouts are used once and dropped;
-  3. randomness is a function of (seed, step, sample), so nothing random is saved;    4. no learning-rate decay, no loss scaling.
+  3. randomness is a function of (seed, step, sample), so nothing random is saved;    4. no loss scaling.
 """
 import json
 import math
@@ -43,7 +43,7 @@ ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3                 # 2 is 
 @dataclass
 class Args:
     # the run
-    model: str = "assets/tiny"                      # diffusers folder of the base model
+    model: str = "assets/tiny"                      # base: a folder or hub id of Stable Diffusion 1, 2, 3 or 3.5; sit:FILE; edm2:FILE; or a run's model/
     prompts: str = ""                               # prompts to train on, .txt or .jsonl (default: the model folder's prompts.jsonl)
     reward: str = "class:1"                         # what to raise, as in class:1,fid:0.3; the names are in rewards.py; each in units of its std
     out: str = ""                                   # run folder (default: runs/ and the flags that differ from the defaults)
@@ -67,7 +67,7 @@ class Args:
     reference: int = 640                            # M, generated pictures in the reference; the oldest make way for each iteration's
     refresh: int = 0                                # iterations between wholly new references; 0: never
     # DRIFT (i): concentrated subset
-    select: Literal["window", "median", "band", "trim", "all", "spread"] = "all"  # rule by which rollouts are kept for the update; published: window
+    select: Literal["window", "median", "band", "trim", "all", "spread"] = "all"  # rule by which rollouts are kept for the update; our reading of DRIFT: window
     keep: int = 15                                  # rollouts kept of each group, unless all are
     # DRIFT (ii): prompt noise
     prompt_noise: float = 0.5                       # scale s of the noise on the prompt embedding; 0 switches it off
@@ -91,6 +91,7 @@ class Args:
     lora: int = 0                                   # rank of a LoRA on attention and feed-forward, in place of the weights (alpha = rank); 0: the weights themselves
     lr: float = 3e-4                                # AdamW's learning rate
     warmup: int = 5                                 # iterations over which lr rises
+    decay: float = 0.0                              # share of the run, at its end, over which lr falls to zero; 0: it stays
     updates: int = 2                                # optimizer steps a pass
     passes: int = 1                                 # passes over an iteration's (rollout, step) pairs
     clip: float = 0.4                               # PPO clip of the log-ratio, nats a picture and step (divided by its dimensions)
@@ -106,7 +107,7 @@ class Args:
     keep_checkpoints: int = 2                       # how many of the newest stay
     snapshot_every: int = 10                        # iterations between snapshots of the trained weights and two averages, for merge.py; 0: none
     keep_snapshots: int = 6                         # how many of the newest stay
-    batch: int = 160                                # rollouts in one forward of a process: memory only, and so are the next five
+    batch: int = 160                                # rollouts in one forward of a process: memory only, as all down to --shard
     train_batch: int = 0                            # (rollout, step) pairs in one forward and backward; 0: as --batch
     decode_batch: int = 8                           # pictures that a VAE decodes at once
     reward_batch: int = 0                           # pictures that rewards and features look at, at once; 0: as --batch
@@ -142,12 +143,13 @@ def credit(args, weights, terms, potential, closest):
         advantage = gardo(advantage, closest, index)
     if args.success and args.terminal == "keep":                         # DRIVE, the same group's later paper: only a success is paid
         potential = potential * (score >= 0)
-    shaped = shaped_returns(torch.zeros_like(potential[0]), potential, args.gamma, 1.0, args.terminal)
+    shaped = shaped_returns(torch.zeros_like(potential[0]), potential, args.gamma, 1.0, args.terminal)   # of the diversity alone: the reward is in `advantage`
     return index, advantage + args.diversity * group_advantage(shaped, index)                # each signal in units of its own std
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two phases. A process handles its share of the P x N rollouts; `table` and `null` are prompt embeddings.
+# The two phases. A process handles its share of the P x N rollouts. table, null: embeddings of all prompts, and of the empty one; reward: the sample-wise
+# terms; measure: the features of a distribution-wise one (None: there is none); look: the space of --diversity_features (None: latents).
 
 def explore(args, model, policy, table, null, who, samples, key):
     """Rollouts of the prompts `who`, one for each number in `samples` -> Trajectory; everything random is a function of (key, number)."""
@@ -161,8 +163,7 @@ def explore(args, model, policy, table, null, who, samples, key):
 @torch.no_grad()                                                         # in inference_mode, --shard would gather weights for it alone
 def fresh_reference(args, model, policy, table, null, measure, step):
     """Features [M, D] of M new rollouts, all prompts in turn: what the distribution-wise reward starts from."""
-    mine, found = runtime.share(args.reference), []
-    who = draw_prompts(len(table[0]), args.reference, args.seed, 0)
+    mine, found, who = runtime.share(args.reference), [], draw_prompts(len(table[0]), args.reference, args.seed, 0)
     for at in range(mine.start, mine.stop, args.batch):
         samples = range(at, min(at + args.batch, mine.stop))
         trajectory = explore(args, model, policy, table, null, who[samples.start:samples.stop], samples, (REFERENCE_STREAM, args.seed, step))
@@ -208,7 +209,7 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
         tally = torch.zeros(4, dtype=torch.float64, device=model.device)
         mine = chunk[(kept[chunk % len(kept)] >= samples.start) & (kept[chunk % len(kept)] < samples.stop)]
         for pairs in mine.split(args.train_batch or args.batch) if len(mine) else ():
-            w, j = pairs // len(kept), pairs % len(kept)
+            w, j = pairs // len(kept), pairs % len(kept)                  # pair w P K + j: step w of the window of the kept rollout j
             k, row = w + policy.window.start, kept[j] - samples.start                         # step of the schedule, rollout of ours
             x_t, x_s, prompt = trajectory.at(k, row), trajectory.at(k + 1, row), trajectory.condition(row, policy.fraction(k))
             mean, std, _ = policy.step(model, x_t, k, prompt, null)
@@ -223,7 +224,7 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
             tally += torch.stack([loss.sum(), kl.sum(), (error > args.clip / D).sum(), torch.ones_like(loss).sum()]).detach().double()
             ratio_error = torch.maximum(ratio_error, error.max()) if n == 0 else ratio_error                  # no .item(): a GPU would stop here
         guards.check_finite(step, {"an advantage": advantage, "the loss": tally, **{f"the gradient of {n}": p.grad for n, p in weights.items()}}, model.device)
-        args.shard or runtime.sum_gradients(weights.values())
+        args.shard or runtime.sum_gradients(weights.values())            # FSDP has summed them in the backward
         totals, norm = totals + runtime.all_sum(tally), clip_gradients(weights.values(), args.grad_clip)
         ratio_error = runtime.all_max(ratio_error, model.device) if n == 0 else ratio_error
         guards.check_update(step, norm, ratio_error, guards.TOLERANCE["compiled " * args.compile + args.precision] * (1 + 2 * abs(args.guidance - 1)), args.clip / D)
@@ -248,8 +249,7 @@ def open_all(args, prompts, judged, device):
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
         look = None if args.diversity_features == "latents" else load_features(args.diversity_features, model.folder, device)
         blank, kind = model.decode(torch.zeros(1, *model.shape, device=device)), reward.distribution
-        pool = open_pool(kind, args.features, args.target, model.folder, args.reference, blank) if kind else (None, None, None)
-        return model, weights, table, null, reward, look, *pool
+        return model, weights, table, null, reward, look, *(open_pool(kind, args.features, args.target, model.folder, args.reference, blank) if kind else (None,) * 3)
 
 
 def train(args, prompts, judged, interrupt):
@@ -291,7 +291,7 @@ def train(args, prompts, judged, interrupt):
         index, advantage = credit(args, reward.weights, terms, potential, closest)
         # ------------------------------------------------ TRAIN
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
+            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup), (args.iterations - step) / max(1, args.decay * args.iterations))
         row = update(args, model, reference, policy, null, optimizer, weights, trajectory, index, advantage, step)
         for key, tensors in averages.items():
             decay = args.ema if key == "ema" else power_decay(step + 1, key)

@@ -66,7 +66,7 @@ METRICS = ("fid_trained", "fid", "vendi", "distance", "accuracy")
 def table(out, pictures, seeds=SEEDS):
     """Prints the markdown table of the finished runs, each against the base model at the same noise."""
     base, _ = cached(out / "judged" / f"base-{pictures}.npz", TINY, pictures)
-    print(f"| run | seeds | FD, trained on | change, % | FD, held out | change, % | Vendi | distance | accuracy |\n{'|---' * 9}|")
+    print(f"| run | seeds | FD, trained on | change, % | FD, held out | change, % | Vendi | pairwise distance | accuracy |\n{'|---' * 9}|")
     print("| base model | - | " + " | ".join(f"{base[k]:.2f}{' | -' * k.startswith('fid')}" for k in METRICS) + " |")
     for name in RUNS:
         done = [s for s in range(seeds[name]) if (out / f"{name}-{s}" / "model").is_dir()]

@@ -1,4 +1,4 @@
-"""Every command that the README names: it is taken from there as it stands, and run at small size, or where that is not possible, checked."""
+"""Every command that the READMEs name: it is taken from there as it stands, and run at small size, or where that is not possible, checked."""
 import glob
 import re
 import shlex
@@ -25,8 +25,9 @@ SEARCH = "--device cpu --updates 1 --group_size 2 --steps 2".split()
 
 
 def commands():
-    """The lines of the README's bash blocks, without comments and with continued lines joined."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    """The lines of the READMEs' bash blocks, without comments and with continued lines joined."""
+    blocks = [block for path in ("README.md", "experiments/README.md")
+              for block in re.findall(r"^```bash\n(.*?)^```", (ROOT / path).read_text(encoding="utf-8"), re.S | re.M)]
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(re.sub(r"\s#\s.*$", "", line).split()) for line in lines]
 

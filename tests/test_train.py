@@ -267,7 +267,7 @@ FLAGS = [
     ("nearest", 2, 1, "update", ""), ("success", True, False, "update", ""), ("gamma", 1, 0.5, "update", ""),
     ("terminal", "keep", "zero", "update", ""), ("kl", 0, 1, "update", ""), ("gardo", False, True, "update", ""),
     ("std", "group", "batch", "update", ""), ("train", "attention", "all", "update", ""), ("lora", 0, 2, "update", ""), ("lr", 0.001, 0.002, "update", ""),
-    ("warmup", 0, 4, "update", ""), ("updates", 2, 1, "update", ""), ("passes", 1, 2, "update", ""), ("clip", 0.4, 1e-5, "update", ""),
+    ("warmup", 0, 4, "update", ""), ("decay", 0, 1, "update", ""), ("updates", 2, 1, "update", ""), ("passes", 1, 2, "update", ""), ("clip", 0.4, 1e-5, "update", ""),
     ("grad_clip", 1, 1e-6, "update", ""), ("ema", 0, 0.5, "judgement", ""),
     ("eval_prompts", "{tiny}/eval_prompts.jsonl", "{one}", "judgement", ""), ("eval_every", 1, 2, "judgement", ""),
     ("eval_images", 20, 40, "judgement", ""), ("eval_steps", 2, 3, "judgement", ""), ("eval_seed", 0, 1, "judgement", ""),
