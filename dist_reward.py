@@ -179,7 +179,7 @@ class SubsetReplace:
         shift, sigma = self.moments()
         l, B = self._spectrum()
         new, old = new.double() - self.mu_real - shift, self.features[replaced].double() - self.mu_real - shift     # about the mean
-        floored = l.clamp(min=DAMPING * l.max().item())
+        floored = l.clamp(min=max(DAMPING * l.max().item(), 1e-60))          # all are 0 if the reference has no variance
         if how == "potential":
             phi = lambda x: 2 * x @ shift + x.square().sum(-1) - ((x @ B).square() / floored.sqrt()).sum(-1)
             return -(phi(new) - phi(old)) / M

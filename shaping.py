@@ -5,8 +5,8 @@ before step t is its distance to the group, measured on the clean picture x0_hat
     F_t = gamma Phi(s_{t+1}) - Phi(s_t)        (Ng, Harada & Russell 1999),
 and the advantage at step t is that of the return-to-go, so that the step which made a rollout different is the one that is paid.
 Summed up, F telescopes to gamma^T Phi(s_T) - Phi(s_0). Hence two modes: terminal="zero" sets Phi(s_T) = 0, the theorem's condition,
-and leaves the optimal policy as it was; "keep" pays for the diversity of the finished pictures, and so moves the optimum on purpose (and, in
-train.py's `credit`, pays the successful ones alone: under "zero" the return-to-go is -Phi_t, and such a mask would subtract it from them alone).
+and leaves the optimal policy as it was; "keep" pays for the diversity of the finished pictures, and so moves the optimum on purpose. In train.py's
+`credit` it pays the successful ones alone, Phi_T - Phi_t or nothing: a success that ends less different than it was predicted is fined.
 Left out on purpose: kernels and clusters; a distance and its k nearest neighbours say it.
 """
 import torch
@@ -25,16 +25,16 @@ def group_diversity(features, metric="euclidean", nearest=0):
     tensor([[0.1000, 0.1000, 2.9000]])
     """
     x = features.flatten(2).float()
-    if metric == "cosine":
-        x = torch.nn.functional.normalize(x, dim=2)
-        distance = 1 - x @ x.transpose(1, 2)                             # [P, N, N]
+    if metric == "cosine":                                               # in float64: of a collapsed group, float32 would leave rounding, of either sign
+        x = torch.nn.functional.normalize(x.double(), dim=2)
+        distance = (1 - x @ x.transpose(1, 2)).clamp(min=0)              # [P, N, N]
     elif metric == "euclidean":
         distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     else:
         raise ValueError(f"metric {metric!r} is none of cosine, euclidean")
     N = x.shape[1]
     others = distance.masked_fill(torch.eye(N, dtype=torch.bool, device=x.device), float("inf"))
-    return others.sort(dim=2).values[:, :, :min(nearest, N - 1) or N - 1].mean(2)
+    return others.sort(dim=2).values[:, :, :min(nearest, N - 1) or N - 1].mean(2).float()
 
 
 def shaped_returns(reward, potential, gamma=1.0, weight=1.0, terminal="keep"):
@@ -64,12 +64,14 @@ def shaped_returns(reward, potential, gamma=1.0, weight=1.0, terminal="keep"):
 def group_advantage(values, index, std="group", floor=1e-3, limit=5.0):
     """Centres values [..., P, N] by group and divides them by a std, over the kept rollouts index [P, K] -> float64 [..., P, K].
 
-    std: "group" the kept group's, "batch" that of all the kept together, "none" 1. A std below `floor` counts as `floor`, so a group of
-    equals gets 0 and rounding is never blown up; the result is limited to +-`limit`.
+    std: "group" the kept group's, "batch" that of all the kept together, "none" 1. A std below the floor counts as the floor: `floor` times the largest
+    deviation of the batch, but no more than `floor` and no less than rounding, so a group of equals gets 0 and no noise is blown up, whatever the
+    values' scale. The result is limited to +-`limit`.
     """
     values, index = values.double(), index.to(values.device)
     kept = values.gather(-1, index.expand(*values.shape[:-1], index.shape[-1]))
     centred = kept - kept.mean(-1, keepdim=True)
+    floor = torch.maximum(floor * centred.abs().max().clamp(max=1), 1e-5 * kept.abs().max()).clamp(min=1e-12)
     if std == "group":
         centred = centred / kept.std(-1, keepdim=True).clamp(min=floor)
     elif std == "batch":

@@ -66,7 +66,7 @@ BUGS = [
     # pictures, memory, flags, evaluation
     ("pixels are cut off and not rounded", "runtime.py", "(images.float() * 255).round()", "(images.float() * 255).floor()", "tests/test_seams.py"),
     ("the gradient depends on the size of a forward", "train.py", ".sum() / len(chunk)).backward()", ".sum() / len(pairs)).backward()", FLAGS + "batch"),
-    ("the warm-up is ignored", "train.py", "min(1, (step + 1) / max(1, args.warmup), ", "min(1, ", FLAGS + "warmup"),
+    ("the warm-up is ignored", "train.py", "args.lr * min(1, (step + 1) / max(1, args.warmup))", "args.lr", FLAGS + "warmup"),
     ("pictures are judged without the guidance asked for", "picture_sets.py", "sample(model, model.path, times, prompt, x_T, guidance, null)",
      "sample(model, model.path, times, prompt, x_T, 1.0, null)", "tests/test_eval.py tests/test_eval_command.py -k guidance or generate or npz_hold"),
     ("prompt and picture have the same noise", "train.py", "seeded_noise((*key, 1 + n), samples", "seeded_noise((*key, 0), samples", "tests/test_seams.py")]

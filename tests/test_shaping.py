@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import train
-from shaping import group_advantage
 from sampling import concentrated_subset
-from shaping import group_diversity, shaped_returns
+from shaping import gardo, group_advantage, group_diversity, shaped_returns
 from train import Args, clipped_loss, gaussian_kl
 
 
@@ -52,6 +51,14 @@ def test_copies_have_no_diversity(metric):
     d = group_diversity(features, metric)
     torch.testing.assert_close(3 * d[0, :3], d[0, 3].expand(3), atol=1e-5, rtol=1e-5)
     assert d[0, 3] > 0.5 and d[1].abs().max() < 1e-6 and group_diversity(features, metric, nearest=1)[0, :3].abs().max() < 1e-6
+
+
+def test_the_distances_of_a_group_that_has_collapsed_are_no_rounding():
+    features = 5 * randn(1, 1, 64) + 3e-4 * randn(1, 8, 64, seed=1)      # as far apart as float32's rounding of 1 - cos
+    expected = torch.tensor([naive_diversity(features[0].double().tolist(), "cosine", 1)])
+    torch.testing.assert_close(group_diversity(features, "cosine", nearest=1), expected, rtol=1e-2, atol=0)
+    many = gardo(torch.ones(1, 8), group_diversity(features, "cosine", nearest=1), torch.arange(8)[None])
+    assert 0 < many.min() and many.max() < 4
 
 
 def test_cosine_does_not_see_contrast_and_euclidean_does():
@@ -185,8 +192,20 @@ def test_equal_values_have_no_advantage(std):
 @pytest.mark.parametrize("std", ["group", "batch"])
 def test_rounding_is_not_blown_up(std):
     values = 1 + 1e-7 * randn(3, 6, dtype=torch.float64)
-    assert 0 < group_advantage(values, EVERYONE, std).abs().max() < 1e-3
-    assert group_advantage(values, EVERYONE, std, floor=1e-12).abs().max() > 0.5               # the floor is what holds it
+    assert 0 < group_advantage(values, EVERYONE, std).abs().max() < 0.05
+    assert group_advantage(values - 1, EVERYONE, std).abs().max() > 0.5                        # the same differences of numbers so small are no rounding
+
+
+@pytest.mark.parametrize("std", ["group", "batch"])
+@pytest.mark.parametrize("scale", [1e-8, 1e-5, 1e5])
+def test_a_weight_means_the_same_whatever_the_scale_of_a_reward(std, scale):
+    values = randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(group_advantage(scale * values, EVERYONE, std), group_advantage(values, EVERYONE, std))
+
+
+def test_a_group_that_is_nearly_equal_beside_others_is_not_blown_up():
+    values = torch.cat([randn(1, 6), -1e-4 * randn(1, 6, seed=1).abs(), randn(1, 6, seed=2)])
+    assert group_advantage(values, EVERYONE)[1].abs().max() < 0.3 and group_advantage(values, EVERYONE)[0].abs().max() > 0.8
 
 
 def test_advantage_is_limited():
