@@ -22,12 +22,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import eval as evaluation  # noqa: E402
 import models  # noqa: E402
 from dist_reward import SubsetReplace, frechet_distance, moments  # noqa: E402
-from evidence import draw, load, run, spread  # noqa: E402
+from evidence import draw, faster_precision, load, run, spread  # noqa: E402
 from prompting import read_prompts  # noqa: E402
 
 TINY, FRESH_SEED = ROOT / "assets" / "tiny", 7
 COMMON = {"reward": "fid", "drift": "off", "eta": 0.5, "lr": 2e-4, "updates": 1, "iterations": 30, "eval_every": 5,
-          "snapshot_every": 3, "keep_snapshots": 10, "precision": "bfloat16"}
+          "snapshot_every": 3, "keep_snapshots": 10}
 RUNS = {
     "potential": {},
     "potential, longer": {"eta": 0.3, "lr": 1e-4, "prompts_per_step": 20, "reference": 1280, "iterations": 40},
@@ -44,7 +44,7 @@ SEEDS = {name: 3 if name in ("potential", "potential, longer", "exact, K = 10") 
 def judged(folder, pictures, steps=20):
     """Fresh pictures of a model folder -> their metrics, and their features in the space that was trained on."""
     prompts = read_prompts(TINY / "eval_prompts.jsonl")
-    images = evaluation.generate(models.load(folder, precision="bfloat16"), prompts, pictures // len(prompts), steps, 1.0, FRESH_SEED, 500)
+    images = evaluation.generate(models.load(folder, precision=faster_precision()), prompts, pictures // len(prompts), steps, 1.0, FRESH_SEED, 500)
     evaluator, reward = evaluation.Judge(TINY, "evaluator"), evaluation.Judge(TINY, "reward")
     features = torch.cat([reward.network.features(x) for x in images.split(500)])
     scores = evaluation.score(images, [p.metadata["label"] for p in prompts], evaluator.network, evaluator.real)
@@ -110,7 +110,8 @@ def main():
     args = parser.parse_args()
     out, seeds = ROOT / args.out, {name: min(n, args.seeds) for name, n in SEEDS.items()}
     if not args.report:
-        jobs = [(out / f"{name}-{seed}", COMMON | flags | {"seed": seed}, 1) for name, flags in RUNS.items()
+        common = COMMON | {"precision": faster_precision()}
+        jobs = [(out / f"{name}-{seed}", common | flags | {"seed": seed}, 1) for name, flags in RUNS.items()
                 for seed in range(seeds[name]) if args.only in ("", name)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, jobs))

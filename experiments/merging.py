@@ -20,9 +20,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from evidence import command_line, spread  # noqa: E402
+from evidence import command_line, faster_precision, spread  # noqa: E402
 
-COMMON = {"precision": "bfloat16", "images": 210, "reference": 1050, "updates": 30}
+COMMON = {"images": 210, "reference": 1050, "updates": 30}
 KINDS = {"one vector": {}, "a vector for each block": {"blocks": True}}
 
 
@@ -79,7 +79,8 @@ def main():
         missing = [s for s in seeds if not (ROOT / args.runs / f"potential-{s}" / "model").is_dir()]
         if missing:
             raise SystemExit(f"{args.runs}: potential-{missing[0]} has not been run; first python experiments/distribution.py --only potential")
-        jobs = [(out / f"{kind}-{s}", ROOT / args.runs / f"potential-{s}", COMMON | flags | {"seed": s}) for kind, flags in KINDS.items() for s in seeds]
+        common = COMMON | {"precision": faster_precision()}
+        jobs = [(out / f"{kind}-{s}", ROOT / args.runs / f"potential-{s}", common | flags | {"seed": s}) for kind, flags in KINDS.items() for s in seeds]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, jobs))
     table(out, seeds)

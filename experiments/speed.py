@@ -1,16 +1,17 @@
 """What training costs, and what it costs in a plain loop: rollout, update, the rest of an iteration, memory, processes.
 
     python experiments/speed.py                         # tiny and two small bases, two processes against one; three minutes on two cores
-    python experiments/speed.py --compile               # "ours in bfloat16" compiled as well, which takes eight minutes more and a C++ compiler
+    python experiments/speed.py --compile               # "ours, tuned" compiled as well, which takes eight minutes more and a C++ compiler
     python experiments/speed.py --bases sd15,sd35       # random weights of the real sizes; on a GPU they are in the default (not yet run on one)
 
 The peer is a plain loop over the same model, as DDPO's and Flow-GRPO's published trainers are: prompts are encoded anew for each batch of rollouts, time steps
 go one by one, and the update is one backward for each (batch of samples, time step). Its batches, 8 rollouts and 4 training samples, are those of DDPO's
-published configuration (Flow-GRPO takes 9 and 9 for SD 3.5); "same batches" gives it ours, "ours in bfloat16" is our loop with `--precision bfloat16` against
-the peer in its own. Slower than they are in one thing: each guidance half is a forward of its own. Both loops must give the same pictures from the same noise
-and the same gradient, or nothing is timed. They take turns; a ratio is the median over them. The learning rate is 0. "Of matrix rate": the operations torch
-counts (not a CPU's attention) over those of a product of two square matrices in that time. "GB" on a CPU: the process, both precisions. Left out: evaluation.
+published configuration (Flow-GRPO takes 9 and 9 for SD 3.5); "same batches" gives it ours, "ours, tuned" is our loop in the precision in which this machine
+multiplies matrices faster, against the peer in its own. Slower than they are in one thing: each guidance half is a forward of its own. Both loops must give the
+same pictures from the same noise and the same gradient, or nothing is timed. They take turns; a ratio is the median over them. The learning rate is 0. "Of
+matrix rate": the operations torch counts (not a CPU's attention) over those of a product of two square matrices in that time. "GB" on a CPU: the process, both precisions. Left out: evaluation.
 """
+import copy
 import ctypes
 import os
 import statistics
@@ -35,7 +36,7 @@ import models  # noqa: E402
 import runtime  # noqa: E402
 import train  # noqa: E402
 from checks import numbers  # noqa: E402
-from evidence import command_line  # noqa: E402
+from evidence import command_line, faster_precision, matrix_rate  # noqa: E402
 from features import load_features  # noqa: E402
 from prompting import Prompt, draw_prompts, read_prompts  # noqa: E402
 from random_bases import NAMES, build  # noqa: E402
@@ -62,7 +63,7 @@ class Args:
     group_size: int = 0                             # rollouts a group; 0: 16 for tiny, else 8
     steps: int = 3                                  # sampling steps; all but the last are stochastic and trained
     batch: int = 0                                  # ours, in one forward; 0: 160 for tiny, 32 for sd1 and sd3, 16 (4 in the update) for the real sizes
-    compile: bool = False                           # ours in bfloat16 is compiled, too
+    compile: bool = False                           # "ours, tuned" is compiled, too
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the networks' forwards; auto: float32, bfloat16 for the real sizes
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
 
@@ -75,7 +76,7 @@ class Bench:
     policy: Policy
     prompts: list
     who: np.ndarray                                                      # the prompt of each rollout
-    table: tuple                                                         # embeddings of the prompts
+    encoder: models.Generator                                            # the model as the peer has it: it remembers no prompt
     null: tuple
     trained: dict                                                        # {name: parameter}
     optimizer: torch.optim.Optimizer
@@ -97,12 +98,16 @@ def open_bench(base, folder, options, device, compile=False):
     policy = Policy(model.path, model.path.times(args.steps).to(device), range(args.steps - 1), args.eta, args.kernel)
     prompts = read_prompts(folder / "prompts.jsonl") if (folder / "prompts.jsonl").is_file() else [Prompt(text) for text in TEXTS]
     who = draw_prompts(len(prompts), args.prompts_per_step, 0, 0).repeat(args.group_size)
-    return Bench(args, model, policy, prompts, who, model.encode([p.text for p in prompts]), model.encode([""]), trained,
+    encoder = copy.copy(model)
+    encoder.encoders, encoder.known = model.encoders and [*model.encoders], {}
+    model.forget_text_encoders([p.text for p in prompts] + [""])
+    return Bench(args, model, policy, prompts, who, encoder, model.encode([""]), trained,
                  torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0))
 
 
 def our_rollout(bench):
-    return train.explore(bench.args, bench.model, bench.policy, bench.table, bench.null, bench.who, range(len(bench.who)), (0, 0, 0))
+    texts = [bench.prompts[w].text for w in bench.who]
+    return train.explore(bench.args, bench.model, bench.policy, texts, bench.null, range(len(texts)), (0, 0, 0))
 
 
 def our_update(bench, trajectory, advantage):
@@ -128,7 +133,7 @@ def peer_rollout(bench, noise, batch):
     """noise [B, 1 + W, ...] -> list of (latents, one for each time; log-probs, one for each stochastic step; prompt), one for each batch."""
     samples, texts = [], [bench.prompts[w].text for w in bench.who]
     for at in range(0, len(noise), batch):
-        prompt, null = bench.model.encode(texts[at:at + batch]), bench.model.encode([""])
+        prompt, null = bench.encoder.encode(texts[at:at + batch]), bench.encoder.encode([""])
         latents, log_probs = [noise[at:at + batch, 0] * bench.model.initial_std], []
         for k in range(bench.args.steps):
             mean, std = one_step(bench, latents[-1], k, prompt, null)
@@ -198,13 +203,6 @@ def peak_gb(function, device):
         return float("nan")
 
 
-def matrix_rate(device, precision):
-    """Multiplications and additions a second of the product of two square matrices, the best of ten."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device, dtype=getattr(torch, precision))
-    return 2 * side**3 / min(seconds_of(lambda: a @ a, device) for _ in range(10))
-
-
 def counted(function):
     with FlopCounterMode(display=False) as counter:
         function()
@@ -226,7 +224,7 @@ def check_same(bench, options, noise, advantage):
 
 
 def compare_loops(base, bench, low, options):
-    """Prints two rows of the first table for each scale of guidance. low: the same base in bfloat16, and perhaps compiled."""
+    """Prints two rows of the first table for each scale of guidance. low: the same base in the faster precision, and perhaps compiled."""
     device, args, B, W = bench.model.device, bench.args, len(bench.who), len(bench.policy.window)
     draw = lambda: torch.randn(B, 1 + W, *bench.model.shape, device=device)
     advantage = torch.randn(B, generator=torch.Generator().manual_seed(0)).to(device)
@@ -257,7 +255,7 @@ def iteration(bench):
 
     def once(reward=reward, look=look):
         trajectory, terms, _, potential, closest = train.sample_groups(
-            args, bench.model, bench.policy, bench.table, bench.null, reward, None, look, bench.prompts, 0)
+            args, bench.model, bench.policy, bench.prompts, bench.null, reward, None, look, 0)
         index, advantage = train.credit(args, {name: 1.0 for name in terms}, terms, potential, closest)
         train.update(args, bench.model, None, bench.policy, bench.null, bench.optimizer, bench.trained, trajectory, index, advantage, 0)
     return once, reward, look
@@ -325,8 +323,9 @@ def main(argv=None):
     if "RANK" in os.environ:
         return worker(bases[0], options)
     device = runtime.start(options.device)
-    print(f"{device}, {torch.get_num_threads()} threads; {options.repeats} turns\n\n"
-          f"| base | guidance | | ours | peer | x peer | same batches | ours in bfloat16{', compiled' * options.compile} | of matrix rate | GB | GB, peer |\n" + "|---" * 11 + "|")
+    faster = faster_precision(device)
+    print(f"{device}, {torch.get_num_threads()} threads; {options.repeats} turns; tuned: {faster}{', compiled' * options.compile}\n\n"
+          f"| base | guidance | | ours | peer | x peer | same batches | ours, tuned | of matrix rate | GB | GB, peer |\n" + "|---" * 11 + "|")
     with tempfile.TemporaryDirectory() as scratch:
         rows = []
         for base in bases:
@@ -334,8 +333,8 @@ def main(argv=None):
             base in NAMES and build(base, folder, device)
             bench = open_bench(base, folder, options, device)
             torch.compiler.reset()                                       # it compiles a function a few times only, and bases share some
-            shared, coarse = bench.args.precision == "bfloat16" and not options.compile, replace(options, precision="bfloat16")
-            compare_loops(base, bench, bench if shared else open_bench(base, folder, coarse, device, options.compile), options)
+            shared, tuned = bench.args.precision == faster and not options.compile, replace(options, precision=faster)
+            compare_loops(base, bench, bench if shared else open_bench(base, folder, tuned, device, options.compile), options)
             rows.append((base, bench))
         print("\nOne iteration, seconds:\n\n| base | network | decode | reward | features | rest | rest |\n" + "|---" * 7 + "|")
         for base, bench in rows:

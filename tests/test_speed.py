@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evidence
 import random_bases
 import speed
 from conftest import launch_process
@@ -46,9 +47,9 @@ def test_a_peer_that_does_something_else_is_not_timed(bench, monkeypatch):
 def test_the_peer_is_a_plain_loop(bench, monkeypatch):
     """A forward for each batch, step and guidance half; a backward for each batch and step; prompts encoded for each batch."""
     sizes, encoded, backwards = [], [], []
-    encode, backward = bench.model.encode, torch.Tensor.backward
+    encode, backward = bench.encoder.encode, torch.Tensor.backward
     bench.model.network.register_forward_pre_hook(lambda network, _, named: sizes.append(len(named["hidden_states"])), with_kwargs=True)
-    monkeypatch.setattr(bench.model, "encode", lambda texts: encoded.append(len(texts)) or encode(texts), raising=False)
+    monkeypatch.setattr(bench.encoder, "encode", lambda texts: encoded.append(len(texts)) or encode(texts), raising=False)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backwards.append(loss) or backward(loss))
     now = bench.guided(2.0)
     samples = speed.peer_rollout(now, noise(bench), 3)
@@ -106,7 +107,7 @@ def test_the_small_bases_are_bases_like_any_other(base, tmp_path):
     assert 2e6 < sum(p.numel() for p in bench.model.network.parameters()) < 8e6
     latents = speed.our_rollout(bench.guided(2.0)).latents
     assert latents.isfinite().all() and bench.model.decode(latents[-1]).std() > 0.01
-    drawn = [predict(bench.model, latents[0], torch.tensor([0.5]), prompt)[0] for prompt in (tuple(y[:1] for y in bench.table), bench.null)]
+    drawn = [predict(bench.model, latents[0], torch.tensor([0.5]), prompt)[0] for prompt in (bench.model.encode([bench.prompts[0].text]), bench.null)]
     assert not torch.equal(*drawn)                                       # the prompt matters
 
 
@@ -132,8 +133,9 @@ def test_the_tables(tiny, capsys):
     assert float(rows[4][6].split()[0]) == pytest.approx(100 * rest / (network + decode + reward + features + rest), abs=10)
 
 
-def test_with_compile_the_loop_in_bfloat16_is_compiled(tiny, monkeypatch, capsys):
-    compiled = []
+def test_with_compile_the_tuned_loop_is_compiled(tiny, monkeypatch, capsys):
+    compiled, rate = [], {"float32": 1.0, "bfloat16": 2.0}
+    monkeypatch.setattr(evidence, "matrix_rate", lambda device, precision: rate[precision])
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network, **more: compiled.append(next(network.parameters()).dtype))
     monkeypatch.setattr(speed, "compare_loops", lambda base, bench, low, options: compiled.append((bench.args.precision, low.args.precision, low is bench)))
     monkeypatch.setattr(speed, "split_iteration", lambda *inputs: None)
@@ -141,7 +143,10 @@ def test_with_compile_the_loop_in_bfloat16_is_compiled(tiny, monkeypatch, capsys
         speed.main(["--bases", str(tiny), "--processes", "0", *flags])
     assert compiled == [("float32", "bfloat16", False), torch.float32, ("float32", "bfloat16", False), torch.float32, ("bfloat16", "bfloat16", False),
                         ("bfloat16", "bfloat16", True)]
-    assert capsys.readouterr().out.count("ours in bfloat16, compiled") == 2
+    assert capsys.readouterr().out.count("tuned: bfloat16, compiled") == 2
+    rate["bfloat16"] = 0.5                                               # a CPU without matrix instructions
+    speed.main(["--bases", str(tiny), "--processes", "0"])
+    assert compiled[-1] == ("float32", "float32", True) and "tuned: float32\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
