@@ -60,8 +60,8 @@ def open_runs(folders, labels):
     runs, configs = {}, [read_config(folder) for folder in folders]
     for folder, label, config in zip(folders, labels_of(folders, labels), configs):
         for name, why in (("eval_images", "the bias of FID falls with their number"), ("eval_steps", "pictures of more steps are others"),
-                          ("eval_seed", "only the same noise is paired")):
-            if config.get(name) != configs[0].get(name):
+                          ("eval_seed", "only the same noise is paired"), ("eval_prompts", "other prompts are harder, or more diverse")):
+            if said(config, name) != said(configs[0], name):
                 raise ValueError(f"{folder}: --{name} was {config.get(name)}, and {configs[0].get(name)} in {folders[0]}: {why}; compare equal ones")
         seeds, seed = runs.setdefault(label, {}), config.get("seed")
         if type(seed) is not int:
@@ -81,6 +81,14 @@ def read_config(folder):
         return config
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable ({error}); give a run folder of train.py") from None
+
+
+def said(config, name):
+    """What a run's flag was; of eval_prompts what the file holds, for it may lie elsewhere too, or the path if it cannot be read any more."""
+    try:
+        return read_prompts(config[name]) if name == "eval_prompts" else config.get(name)
+    except (KeyError, TypeError, ValueError):
+        return config.get(name)
 
 
 def few_a_prompt(config):

@@ -10,7 +10,8 @@ model, n for each of P prompts.
     accuracy, log_prob        of the prompt's class under the evaluator (log_prob in nats, floored like the reward)         alignment
     vendi, distance           within a prompt, mean over prompts; distance_min of the two nearest; ..._set over all         diversity
     fid, kid, precision, recall, density, coverage          against real pictures; compare them at equal n                  both
-in the evaluator's 64 features, or in those of --features; h of the Vendi score is half the real pictures' mean distance within a class.
+in the evaluator's 64 features, or in those of --features; h of the Vendi score is half the real pictures' mean distance within a class in the
+features of the model folder's classifiers, and half the root mean square distance of any two in all others.
 Left out here: metrics that need another network than the features, and file formats that can run code.
 """
 import dataclasses
@@ -28,6 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import compare
+import guards
 import metrics
 import rewards
 import runtime
@@ -202,12 +204,10 @@ def score_sets(args, folder, sets):
     """Prints the table of one set, or of two and their difference; --out writes the numbers."""
     device, prompts = runtime.start(args.device), sets[0].prompts if all(s.prompts for s in sets) else None
     sets = [dataclasses.replace(s, prompts=prompts) for s in sets]
-    see = open_networks(args, folder, bool(prompts) and "label" in prompts[0].metadata, device)
-    try:                                                                 # first, for how many features there are is known only now
-        first = next(iter(sets[0].read([0], device)))
+    with runtime.refusing():                                             # what the files hold, and how many features there are, is known only now
+        see = open_networks(args, folder, bool(prompts) and "label" in prompts[0].metadata, device)
+        first, *_ = [next(iter(s.read([0], device))) for s in sets]
         target = load_target(target_path(args.target, args.features, folder), lambda images: see(images)["features"], first)
-    except ValueError as error:
-        runtime.refuse(error)
     if args.features in TINY:
         with np.load(folder / args.features / "real.npz") as real:
             scale = float(real["scale"])
@@ -253,21 +253,20 @@ def report(args, sets, columns):
 def main(argv=None):
     from checks import check_eval                                        # here, for checks imports this file
     args = runtime.parse_args(Args, __doc__, argv)
-    try:
+    with runtime.refusing():
         args, opened = check_eval(args, Args(args.command, args.inputs))
-    except ValueError as error:
-        runtime.refuse(error)
-    if args.command == "images":
-        make_images(args, opened)
-    elif args.command == "score":
-        score_sets(args, *opened)
-    elif runtime.rank() == 0:
-        if args.command == "compare":
-            print(compare.table(opened), flush=True)
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            (compare.draw if args.command == "compare" else compare.draw_grids)(opened, args.out)
-            print(f"{args.out}: written")
+    with guards.writing(args.out or "stdout"):
+        if args.command == "images":
+            make_images(args, opened)
+        elif args.command == "score":
+            score_sets(args, *opened)
+        elif runtime.rank() == 0:
+            if args.command == "compare":
+                print(compare.table(opened), flush=True)
+            if args.out:
+                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+                (compare.draw if args.command == "compare" else compare.draw_grids)(opened, args.out)
+                print(f"{args.out}: written")
     runtime.finish()
 
 

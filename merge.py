@@ -10,6 +10,7 @@ not in the step's. The paper's abstract says no more than this; the policy, its 
 Left out: merging models of different architectures, and policies with a full covariance (CMA-ES; there are fewer than 20 numbers).
 """
 import copy
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ import models
 import runtime
 from checks import check_merge, numbers
 from features import check_target, load_target, open_pool
-from rewards import DISTRIBUTION, Reward
+from picture_sets import stream
+from rewards import Reward
 from sampling import seeded_noise
 from shaping import group_advantage
-from weights import Over, Weights, block_of, open_checkpoints, put, sweep
+from weights import Over, Weights, block_of, put, rivals, sweep
 
 SEARCH_STREAM, POOL_STREAM, POLICY_STREAM, RANDOM_STREAM = 4, 5, 6, 7    # 0 to 3 are the training's and the evaluation's
 
@@ -80,8 +82,8 @@ class Args:
 def merge(state_dicts, coefficients):
     """sum_k c_k theta_k, tensor by tensor: K mappings of the same names and shapes, coefficients [K] (or [1, K]) or [B, K] -> dict.
 
-    Rows of [B, K] belong to the blocks in the order sorted({block_of(name)}). Sums are float64 and come back in the widest of the K types; a
-    checkpoint of coefficient 0 is not even read, so that a one-hot merge is that checkpoint bit for bit. What is no floating-point number
+    Rows of [B, K] belong to the blocks in the order sorted({block_of(name)}). A checkpoint of coefficient 0 is not even read, so that a one-hot
+    merge is that checkpoint bit for bit; sums are float64 and come back in the widest type of the others. What is no floating-point number
     (a counter) is taken from the checkpoint with the largest coefficient. Mappings may read lazily: one tensor of each is held at a time.
     Raises ValueError naming the first entry that differs, or if a row does not sum to one.
 
@@ -103,9 +105,7 @@ def merge(state_dicts, coefficients):
 
 def _merge_entry(name, state_dicts, c):
     total, types, shape = None, [], None
-    for k in sorted(range(len(c)), key=lambda k: -c[k]):
-        if c[k] == 0:
-            continue
+    for k in sorted((k for k in range(len(c)) if c[k]), key=lambda k: -c[k]):
         value = state_dicts[k][name]
         if shape not in (None, value.shape):
             raise ValueError(f"checkpoint {k + 1}: {name} has the shape {tuple(value.shape)}, another {tuple(shape)}")
@@ -165,31 +165,32 @@ class Search:
             self.pool, self.measure, _ = open_pool(self.reward.distribution, args.features, args.target, model.folder, args.reference, blank)
             check_target(Path(args.report_target), self.measure(blank).shape[1])
 
-    def pictures(self, c, numbers, count, key):
-        """Pictures `numbers` of `count`, every prompt alike often, of the merge with coefficients c [K] or [B, K]."""
+    def batches(self, c, numbers, count, key):
+        """Draws the pictures `numbers` of `count`, every prompt alike often, by the merge with coefficients c [K] or [B, K]: yields (b prompts, b pictures)."""
         put(self.model.network, merge(self.views, c))
-        return evaluation.pictures(self.model, self.prompts, count // len(self.prompts), numbers, self.args.steps, self.args.guidance, key, self.args.batch)
+        each = count // len(self.prompts)
+        for i, images in stream(self.model, self.prompts, each, numbers, self.args.steps, self.args.guidance, key, self.args.batch):
+            yield [self.prompts[n // each] for n in i.tolist()], images
 
     def features_of(self, c, count, key):
         """Features [count, D] of the merge's pictures; each process draws its share."""
-        images = self.pictures(c, list(runtime.share(count)), count, key)
-        return runtime.gather(torch.cat([self.measure(x) for x in images.split(self.args.batch)]), count)
+        mine = [self.measure(images) for _, images in self.batches(c, runtime.share(count), count, key)]
+        return runtime.gather(torch.cat([self.pool.features[:0], *mine]), count)              # a process may have none
 
     def group(self, candidates, count, key, pool, replaced):
-        """Reward terms {name: [G]} of coefficient vectors [G, B, K], all at the same noise and prompts; each process builds and samples its own."""
-        who = [self.prompts[i // (count // len(self.prompts))] for i in range(count)]
-        mine, terms, features = runtime.share(len(candidates)), [], []
-        names = [name for name in self.reward.weights if name not in DISTRIBUTION]
+        """Reward terms {name: [G]} of coefficient vectors [G, B, K], all at the same noise and prompts; each process builds, samples and prices its own."""
+        mine, names, rows = runtime.share(len(candidates)), [*self.reward.weights], []
         for c in candidates[mine.start:mine.stop]:
-            images = self.pictures(c, list(range(count)), count, key)
-            found = self.reward(images, [p.text for p in who], [p.metadata for p in who])
-            terms.append(torch.tensor([found[name].double().mean() for name in names], dtype=torch.float64, device=images.device))
-            features.append(torch.cat([self.measure(x) for x in images.split(self.args.batch)]) if pool else images.new_zeros(count, 0))
-        blank = torch.zeros(0, count, pool.features.shape[1] if pool else 0, device=self.model.device)      # a process may have none
-        features = runtime.gather(torch.stack(features) if features else blank, len(candidates))
-        terms = runtime.gather(torch.stack(terms) if terms else blank.new_zeros(0, len(names), dtype=torch.float64), len(candidates))
-        priced = {self.reward.distribution: len(pool.features) / count * pool.price(features, replaced, "exact")} if pool else {}
-        return dict(zip(names, terms.T.cpu())) | {name: price.cpu() for name, price in priced.items()}
+            terms, features = dict.fromkeys(names, 0.0), []
+            for who, images in self.batches(c, range(count), count, key):
+                for name, values in self.reward(images, [p.text for p in who], [p.metadata for p in who]).items():
+                    terms[name] += values.double().sum().item() / count
+                features += [self.measure(images)] if pool else []
+            if pool:
+                terms[self.reward.distribution] = fall(pool, torch.cat(features), replaced)
+            rows.append([*terms.values()])
+        rows = torch.tensor(rows, dtype=torch.float64, device=self.model.device).reshape(-1, len(names))
+        return dict(zip(names, runtime.gather(rows, len(candidates)).T.cpu()))
 
     def advantage(self, terms):
         """Reward terms {name: [G]} -> [G]: each centred, in units of its own std over the group, then weighted."""
@@ -197,29 +198,25 @@ class Search:
         return sum(weight * group_advantage(terms[name][None], index)[0] for name, weight in self.reward.weights.items())
 
 
-def rivals(views, paths, lengths):
-    """-> {name: coefficients [K]} that need no search: each checkpoint alone, the uniform average, post-hoc EMA of every length."""
-    K = len(views)
-    stems = [Path(path).stem or path for path in paths]
-    found = {path if stems.count(stem) > 1 else stem: torch.eye(K, dtype=torch.float64)[k] for k, (path, stem) in enumerate(zip(paths, stems))}
-    found["uniform average"] = torch.full((K,), 1 / K, dtype=torch.float64)
-    return found | {f"EMA {length:g}": c for length, c in zip(lengths, sweep(views, lengths))}
+def fall(pool, new, replaced):
+    """What the distance falls by if features new [n, D] take the place of the members `replaced` [n]; times M / n, as if all M changed so."""
+    if len(new) < len(pool.features):
+        return len(pool.features) / len(new) * pool.price(new[None], replaced, "exact").item()
+    changed = copy.deepcopy(pool)                                        # of all, a price would need M^2 numbers
+    changed.refresh(new)
+    return pool.value() - changed.value()
 
 
 def members_of(update, n, M, P):
-    """Which n of the M members an update replaces -> [n]: the next n / P of each of the P prompts, which both lists hold one after another.
-
-    A new picture takes the place of one with its prompt, or the mixture of prompts in the reference would change, and be priced.
-    """
+    """Which n of the M members an update replaces -> [n]: the next n / P of each of the P prompts, which both lists hold one after another. A new
+    picture takes the place of one with its prompt, or the mixture of prompts in the reference would change, and be priced."""
     slots = (update * (n // P) + torch.arange(n // P)) % (M // P)
     return (torch.arange(P)[:, None] * (M // P) + slots).flatten()
 
 
 def search(args, task, blocks, fixed, log, interrupt):
-    """The policy's updates, each beside as many random vectors. -> final coefficients [B, K], {name: those of the best rivals}; None if stopped.
-
-    Both start from the best of `fixed`, {name: coefficients [K]}, by its own M pictures.
-    """
+    """The policy's updates, each beside as many random vectors; both start from the best of `fixed`, {name: coefficients [K]}, by its own M pictures.
+    -> final coefficients [B, K], {name: those of the best rivals}; None if stopped."""
     G, n, M, shape, out = args.group_size, args.images, args.reference, (blocks, len(task.views) - 1), Path(args.out)
     zeros = lambda *size: torch.zeros(*size, dtype=torch.float64)
     names, pool_key = [*task.reward.weights], (POOL_STREAM, args.seed)
@@ -291,10 +288,8 @@ def report(args, task, base, judged, rows):
         if judge:
             found = evaluation.score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
             scores |= {"FD, held-out features": found["fid"], "Vendi": found["vendi"], "accuracy": found["accuracy"]}
-        if not lines:
-            lines = ["| merge | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|"]
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in scores.values()) + " |")
-    return "\n".join(lines)
+    return "\n".join(["| merge | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|", *lines])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,40 +298,45 @@ def report(args, task, base, judged, rows):
 @record
 def main(argv=None):
     args = runtime.parse_args(Args, __doc__, argv)
-    try:
+    with runtime.refusing():
         args, folder, views, prompts, judged = check_merge(args, Args(args.command, args.checkpoints))
-    except ValueError as error:
-        runtime.refuse(error)
-    if args.command == "rl":
-        with guards.writing(args.out):
+    with guards.writing(args.out):
+        if args.command == "rl":
             rl(args, folder, views, prompts, judged)
-    elif runtime.rank() == 0:
-        lengths = numbers("sigma_rel", args.sigma_rel)
-        jobs = dict(zip(map(str, lengths), sweep(views, lengths))) if args.command == "ema" else {
-            "": numbers("coefficients", args.coefficients) or [1 / len(views)] * len(views)}
-        model = models.load(str(folder))
-        for length, c in jobs.items():
-            put(model.network, merge(views, c))
-            folder = Path(args.out) / length if len(jobs) > 1 else Path(args.out)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            runtime.save_model(folder, model)
-            print(f"{folder}: " + ", ".join(f"{x:.4f} {Path(p).stem or p}" for x, p in zip(c, args.checkpoints)))
+        elif runtime.rank() == 0:
+            average(args, folder, views)
     runtime.finish()
+
+
+def average(args, folder, views):
+    """`average` and `ema`: the merged model in args.out; of several lengths a folder of each there, beside a config.json, by which the same
+    command knows it again and makes those that are missing."""
+    lengths, out = numbers("sigma_rel", args.sigma_rel), Path(args.out)
+    rows = sweep(views, lengths) if args.command == "ema" else [numbers("coefficients", args.coefficients) or [1 / len(views)] * len(views)]
+    with runtime.refusing():
+        model = models.load(str(folder))
+    (out if len(rows) > 1 else out.parent).mkdir(parents=True, exist_ok=True)
+    len(rows) > 1 and runtime.write_atomic(out / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=2) + "\n"))
+    for length, c in zip(lengths, rows):
+        folder = out / str(length) if len(rows) > 1 else out
+        if not folder.exists():
+            put(model.network, merge(views, c))
+            runtime.save_model(folder, model)
+        print(f"{folder}: " + ", ".join(f"{x:.4f} {Path(p).stem or p}" for x, p in zip(c, args.checkpoints)))
 
 
 def rl(args, folder, views, prompts, judged):
     """Search, table, plot and the merged model, in args.out."""
     device, out = runtime.start(args.device), Path(args.out)
-    model, base = models.load(str(folder), device, args.precision), Weights(models.network_files(folder))
     blocks = len({block_of(name) for name in views[0]}) if args.blocks else 1
-    with runtime.refusing():                                             # how many features a function has is known only now
+    with runtime.refusing():                                             # what the files hold, and a function gives, is known only now
+        model, base = models.load(str(folder), device, args.precision), Weights(models.network_files(folder))
+        model.encode([p.text for p in prompts + judged])
         task = Search(args, model, views, prompts)
     log = runtime.Log(out, vars(args), runtime.newest_checkpoint(out)[1]["lines"])
     with runtime.Interrupt() as interrupt:
         found = search(args, task, blocks, rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel)), log, interrupt)
-    if found is None:
-        interrupt.leave(out)
-    c, rows = found
+    c, rows = found or interrupt.leave(out)
     table = report(args, task, Over({}, base, list(views[0])), judged, {"base model": None} | rows | {"RL": c})
     put(model.network, merge(views, c))
     runtime.save_model(out / "model", model)

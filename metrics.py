@@ -7,8 +7,9 @@
                   exchanged (arXiv 1904.06991).  density: by how many real ones, over k; coverage: share of real ones reached (arXiv 2002.09797)
 
 The interval is a bootstrap. A resample is a row of counts [n], how often each picture was drawn; row 0 is all ones, the sample itself. A
-`resampled_...` function takes features [n, D] and counts [R, n] and gives [R] values, the first of which is the metric.
-Left out: intervals for the choice of the real pictures, and the bias of FID at finite n, which no resampling removes.
+`resampled_...` function takes features [n, D] and counts [R, n] and gives [R] values, the first of which is the metric. What is drawn are the
+generated pictures; recall and coverage are means over the real ones, and for them those are drawn.
+Left out: intervals for the choice of the real pictures otherwise, and the bias of FID at finite n, which no resampling removes.
 """
 import math
 

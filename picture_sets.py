@@ -2,8 +2,10 @@
 
 `images` writes a folder of NNNNNN.png, or an npz as ADM's evaluation suite reads it (arr_0, uint8 [N, H, W, 3]), and beside either a json that
 says what it is a function of. Picture i is a function of (seed, i) alone, so processes, batches and interruptions change no picture but for
-rounding; what is there stays, and only the rest is drawn. Left out: latents, and pictures of several sizes in one npz.
+rounding; what is there stays, and only the rest is drawn, unless the weights or the prompts are no longer those that the json tells of.
+Left out: latents, and pictures of several sizes in one npz.
 """
+import hashlib
 import json
 import shutil
 import sys
@@ -22,6 +24,7 @@ import metrics
 import models
 import runtime
 from features import check_npz, picture_files, read_picture
+from model_files import locate
 from prompting import read_prompts
 from runtime import gather, share
 from sampling import sample, seeded_noise
@@ -37,10 +40,10 @@ def stream(model, prompts, n, numbers, steps, guidance, key, batch):
     """The pictures `numbers` of P prompts, n each, by the deterministic sampler: yields (numbers [B], pictures [B, 3, H, W]). Picture i has
     prompt i // n, and noise that is a function of (key, i) alone."""
     times, numbers = model.path.times(steps), torch.as_tensor(numbers, dtype=torch.long)
-    table, null = model.encode([p.text for p in prompts]), model.encode([""])
+    null = model.encode([""])
     for i in numbers.split(batch) if len(numbers) else ():
         x_T = seeded_noise(key, i, model.shape).to(model.device) * model.initial_std
-        prompt = tuple(y[i.to(model.device) // n] for y in table)
+        prompt = model.encode([prompts[j // n].text for j in i.tolist()])
         yield i, model.decode(sample(model, model.path, times, prompt, x_T, guidance, null)).float()
 
 
@@ -48,6 +51,14 @@ def pictures(model, prompts, n, numbers, steps, guidance, key, batch):
     """All that `stream` yields -> [len(numbers), 3, H, W]."""
     images = [x for _, x in stream(model, prompts, n, numbers, steps, guidance, key, batch)]
     return torch.cat(images) if images else model.decode(torch.zeros(0, *model.shape, device=model.device))
+
+
+def open_model(name, prompts, device, precision):
+    """The model with its prompts encoded: what its files hold, and whether a prompt is a class, shows only now, before anything is written."""
+    with runtime.refusing():
+        model = models.load(name, device, precision)
+        model.forget_text_encoders([p.text for p in prompts] + [""])     # what they made of the prompts is kept for `stream`
+    return model
 
 
 def generate(model, prompts, n, steps, guidance, seed, batch):
@@ -64,13 +75,26 @@ def sidecar(out):
 
 
 def settings(args):
-    """What a set of pictures is a function of."""
+    """What a set of pictures is a function of: the flags."""
     return {name: getattr(args, name) for name in ("model", "prompts", "n", "steps", "guidance", "precision", "seed")}
+
+
+def digests(args, prompts):
+    """And what they name: digests of the network's files (and its guide's), whole, and of the prompts' texts. -> {name in the json: digest}"""
+    *_, file, guide = locate(args.model)
+    found = hashlib.sha256()
+    for path in [*([file] if file else models.network_files(args.model)), *([guide] if guide else [])]:
+        with open(path, "rb") as opened:
+            found.update(hashlib.file_digest(opened, "sha256").digest())
+    return {"network_digest": found.hexdigest()[:16], "prompts_digest": hashlib.sha256(json.dumps([p.text for p in prompts]).encode()).hexdigest()[:16]}
 
 
 def make_images(args, prompts):
     """Writes the pictures that are not there yet; those of an npz as parts, which are put together when all are done."""
-    device, out = runtime.start(args.device), Path(args.out)
+    device, out, there, here = runtime.start(args.device), Path(args.out), read_sidecar(args.out), digests(args, prompts)
+    for name, what in (("network_digest", f"the weights of {args.model}"), ("prompts_digest", f"the texts of {args.prompts}")):
+        if there.get(name, here[name]) != here[name]:                    # an older json has none
+            runtime.refuse(f"--out {out}: {what} have changed since it was made; choose another --out")
     packed, parts = out.suffix == ".npz", Path(f"{out}.parts")
     folder = parts if packed else out
     if packed:
@@ -78,19 +102,17 @@ def make_images(args, prompts):
     else:
         done = {int(path.stem) for path in out.glob("[0-9]*.png")}
     todo = [i for i in range(args.n) if i not in done]
-    mine = [todo[k] for k in share(len(todo))]
+    mine, model = [todo[k] for k in share(len(todo))], open_model(args.model, prompts, device, args.precision) if todo else None
     runtime.all_sum(torch.zeros(1, device=device))                       # all have looked before any writes
     if runtime.rank() == 0 and todo:
         folder.mkdir(parents=True, exist_ok=True)
-        runtime.write_atomic(sidecar(out), lambda path: path.write_text(json.dumps(settings(args), indent=2) + "\n"))
+        runtime.write_atomic(sidecar(out), lambda path: path.write_text(json.dumps(settings(args) | here, indent=2) + "\n"))
     runtime.all_sum(torch.zeros(1, device=device))
     if mine:
-        model = models.load(args.model, device, args.precision)
-        bar = tqdm(total=len(mine), disable=runtime.rank() > 0, desc="pictures", unit="")
-        for numbers, x in stream(model, prompts, args.n // len(prompts), mine, args.steps, args.guidance, (EVAL_STREAM, args.seed), args.batch):
-            save_pictures(folder, numbers.tolist(), runtime.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), packed)
-            bar.update(len(numbers))
-        bar.close()
+        with tqdm(total=len(mine), disable=runtime.rank() > 0, desc="pictures", unit="") as bar:
+            for numbers, x in stream(model, prompts, args.n // len(prompts), mine, args.steps, args.guidance, (EVAL_STREAM, args.seed), args.batch):
+                save_pictures(folder, numbers.tolist(), runtime.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), packed)
+                bar.update(len(numbers))
     runtime.all_sum(torch.zeros(1, device=device))
     if runtime.rank() == 0:
         if packed:
@@ -192,7 +214,7 @@ def drawn_pictures(args, name, where):
     choose(total, total, len(prompts), where)
 
     def read(numbers, device):
-        model = models.load(name, device, args.precision)
+        model = open_model(name, prompts, device, args.precision)
         for _, x in stream(model, prompts, total // len(prompts), list(numbers), args.steps, args.guidance, (EVAL_STREAM, args.seed), args.batch):
             yield runtime.to_uint8(x).float() / 255
     return Pictures(name, total, prompts, None, read, name)

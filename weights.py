@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -251,4 +251,15 @@ def sweep(views, lengths):
     times, widths = zip(*marks)
     found = torch.zeros(len(lengths), len(views), dtype=torch.float64)
     found[:, which] = torch.stack([torch.as_tensor(ema_coefficients(times, widths, length)) for length in lengths])
+    return found
+
+
+def rivals(views, paths, lengths):
+    """What a search over merges has to beat -> {name: coefficients [K]}: each checkpoint alone, the uniform average, post-hoc EMA of every length."""
+    K = len(views)
+    stems = [Path(path).stem or path for path in paths]
+    found = {path if stems.count(stem) > 1 else stem: torch.eye(K, dtype=torch.float64)[k] for k, (path, stem) in enumerate(zip(paths, stems))}
+    found["uniform average"] = torch.full((K,), 1 / K, dtype=torch.float64)
+    with suppress(ValueError):                                           # averages of two runs have no third length
+        found |= {f"EMA {length:g}": c for length, c in zip(lengths, sweep(views, lengths))}
     return found

@@ -1,8 +1,10 @@
 """What the tests share: a base model of a few thousand random weights in the layout of assets/tiny, and quick ways to run train.py."""
 import json
 import os
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +44,17 @@ def launch_process(argv, processes=0, cwd=None, script="train.py", **env):
     done = subprocess.run(command(argv, processes, script), cwd=cwd, capture_output=True, text=True, timeout=900,
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
     return done.returncode, done.stdout, done.stderr
+
+
+@contextmanager
+def files_up_to(size):
+    """Within the block no file grows beyond `size` bytes, as after `ulimit -f`: to a program that is a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def read_metrics(out, clock=False):

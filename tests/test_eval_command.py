@@ -18,9 +18,11 @@ import metrics
 import models
 import picture_sets
 import runtime
-from conftest import ROOT, build_model, contents, launch, launch_process, small
+from conftest import ROOT, build_model, contents, files_up_to, launch, launch_process, small
 from dist_reward import KernelReplace, frechet_distance, moments
 from prompting import read_prompts
+from test_bad_input import rewrite
+from test_models import build_sit
 
 
 def randn(*shape, seed=0):
@@ -325,7 +327,8 @@ def test_a_folder_and_an_npz_hold_the_pictures_of_generate(tiny, tmp_path, capsy
     assert [p.name for p in sorted((tmp_path / "set").glob("*.png"))] == [f"{i:06d}.png" for i in range(30)]
     assert {p.name for p in tmp_path.iterdir()} == {"set", "set.npz", "set.npz.json"}
     said = json.loads((tmp_path / "set" / "config.json").read_text())
-    assert said == json.loads((tmp_path / "set.npz.json").read_text()) == {
+    assert said == json.loads((tmp_path / "set.npz.json").read_text())
+    assert len(said.pop("network_digest")) == len(said.pop("prompts_digest")) == 16 and said == {
         "model": str(tiny), "prompts": str(tiny / "eval_prompts.jsonl"), "n": 30, "steps": 2, "guidance": 1.5, "precision": "float32", "seed": 3}
     assert len(np.unique(packed.reshape(30, -1), axis=0)) == 30
 
@@ -349,6 +352,76 @@ def test_each_setting_changes_the_pictures_and_is_not_mixed(tiny, tmp_path, caps
         command("images", tiny, "--n", 10, "--out", "a", *STEPS, flag, value)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and f"{flag} " in error and f"{value}" in error and len(error.splitlines()) == 1 and contents(tmp_path) == before
+
+
+def refused(argv, capsys):
+    """A command that must be refused -> its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command(*argv)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("name", ["set", "set.npz"])
+def test_pictures_of_another_model_in_the_same_place_are_not_taken_for_its_own(tiny, tmp_path, capsys, name):
+    """Trained again into the same folder, and copied with size and time, which say nothing then."""
+    shutil.copytree(tiny, tmp_path / "model")
+    argv = ["images", tmp_path / "model", "--n", 10, "--out", tmp_path / name, *STEPS]
+    command(*argv)
+    ours, other = (models.network_files(folder)[0] for folder in (tmp_path / "model", build_model(tmp_path / "other", seed=5)))
+    before, kept = ours.stat(), ours.read_bytes()
+    ours.write_bytes(other.read_bytes())
+    os.utime(ours, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ours.stat().st_size == before.st_size and ours.read_bytes() != kept
+    there = contents(tmp_path)
+    assert f"--out {tmp_path / name}: the weights of {tmp_path / 'model'} have changed" in refused(argv, capsys) and contents(tmp_path) == there
+    ours.write_bytes(kept)
+    command(*argv)
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_a_stopped_set_does_not_go_on_with_an_edited_prompt_file(tiny, tmp_path, capsys):
+    prompts, text = tmp_path / "p.jsonl", (tiny / "eval_prompts.jsonl").read_text()
+    argv = ["images", tiny, "--n", 10, "--prompts", prompts, "--out", tmp_path / "set", *STEPS]
+    prompts.write_text(text)
+    command(*argv)
+    right = contents(tmp_path / "set")
+    (tmp_path / "set" / "000007.png").unlink()                           # as if it had been stopped
+    prompts.write_text(text.replace("coat", "boat"))
+    there = contents(tmp_path)
+    assert f"the texts of {prompts} have changed" in refused(argv, capsys) and contents(tmp_path) == there
+    prompts.write_text(text)
+    command(*argv)
+    assert contents(tmp_path / "set") == right
+    rewrite(network_digest=None, prompts_digest=None)(tmp_path / "set" / "config.json")                  # as older versions wrote it
+    command(*argv), command("score", tmp_path / "set", "--device", "cpu", *RESAMPLES)
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_a_prompt_that_is_no_class_and_weights_that_do_not_fit_leave_nothing_behind(tiny, tmp_path, capsys):
+    name, prompts, out = build_sit(tmp_path / "sit"), tmp_path / "p.txt", tmp_path / "o1"
+    argv = ["images", name, "--n", 2, "--prompts", prompts, "--out", out, *STEPS]
+    prompts.write_text("goldfish\na boot\n")
+    assert refused(argv, capsys).startswith("error: prompt 'a boot': a class is a number") and not out.exists()
+    prompts.write_text("goldfish\n3\n")
+    command(*argv)
+    assert len(list(out.glob("*.png"))) == 2
+    shutil.copytree(tiny, tmp_path / "model")
+    rewrite(num_layers=2)(tmp_path / "model" / "transformer" / "config.json")
+    for argv in (["images", tmp_path / "model", "--out", tmp_path / "o2"], ["score", tmp_path / "model"], ["score", tiny, tmp_path / "model"]):
+        assert refused([*argv, "--n", 10, *STEPS], capsys).startswith(f"error: --model {tmp_path / 'model'}: transformer is not") and not (tmp_path / "o2").exists()
+
+
+def test_a_full_disk_ends_with_one_line_and_the_set_goes_on(tiny, tmp_path, capsys):
+    command("images", tiny, "--n", 30, "--out", tmp_path / "whole.npz", "--batch", 5, *STEPS)
+    argv = ["images", tiny, "--n", 30, "--out", tmp_path / "set.npz", "--batch", 5, *STEPS]
+    with files_up_to(20000), pytest.raises(SystemExit, match=r"^error: .*set.npz: .*too large.*what is there is whole; the same command goes on") as stop:
+        command(*argv)
+    assert "\n" not in stop.value.code and len(list((tmp_path / "set.npz.parts").glob("[0-9]*"))) == 6 and not (tmp_path / "set.npz").exists()
+    command(*argv)
+    assert np.array_equal(pixels_of(tmp_path / "set.npz"), pixels_of(tmp_path / "whole.npz"))
 
 
 @pytest.mark.parametrize("name", ["set", "set.npz"])
@@ -632,7 +705,9 @@ BAD = [  # command line, what the line must name
     ("compare {tmp}/photos", "config.json"), ("compare {run} {tmp}/blank", "blank"), ("compare {tmp}/garbled", "metrics.jsonl"),
     ("compare {run} {run}", "second run"), ("compare {run} {run2} --labels a", "1 labels for 2 runs"),
     ("compare {run} {run2} --labels a,", "--labels a,"), ("compare {run} {run2} --labels a,b,c", "3 labels for 2 runs"),
-    ("compare {run} {few}", "--eval_images was 320"), ("compare {run} {tmp}/seedless", "seed"), ("compare {run} --out {tmp}/file.json", ".png"),
+    ("compare {run} {few}", "--eval_images was 320"), ("compare {run} {tmp}/asked", "--eval_prompts was {tmp}/ten.jsonl"),
+    ("compare {tmp}/asked {tmp}/asked3", "--eval_prompts was {tmp}/three.jsonl"), ("grid {tmp}/asked {tmp}/asked3 --out {new}.png", "--eval_prompts was"),
+    ("compare {run} {tmp}/seedless", "seed"), ("compare {run} --out {tmp}/file.json", ".png"),
     ("compare {run} --out {tmp}/there.png", "exists"), ("compare {run} --n 10", "--n"), ("grid {run}", "--out"),
     ("grid {tmp}/single --out {new}.png", "1 pictures in grids/"), ("grid {run} --seed 1 --out {new}.png", "--seed"), ("draw {run}", "draw"),
     ("score", "INPUT"), ("score {tiny} --numbers 3", "--numbers"),
@@ -667,6 +742,9 @@ def material(tiny, tmp_path):
     (tmp_path / "three.jsonl").write_text('{"prompt": "a coat", "label": 4}\n' * 3)
     (tmp_path / "unlabelled.jsonl").write_text('{"prompt": "a coat", "label": 4}\n{"prompt": "a bag"}\n')
     write_run(tmp_path / "run", PLAIN), write_run(tmp_path / "run2", PLAIN), write_run(tmp_path / "few", PLAIN, 1, eval_images=320)
+    for name, file in (("asked", "ten"), ("asked3", "three"), ("asked2", "twin")):
+        write_run(tmp_path / name, PLAIN, 6 + (name == "asked2"), eval_prompts=str(tmp_path / f"{file}.jsonl"))
+    shutil.copy(tmp_path / "ten.jsonl", tmp_path / "twin.jsonl")
     write_run(tmp_path / "seedless", PLAIN, seed=None), write_run(tmp_path / "single", PLAIN[:1], 3)
     write_run(tmp_path / "blank", [], 4), (write_run(tmp_path / "garbled", PLAIN, 5) / "metrics.jsonl").write_text('{"iteration": 0}\n{"eval/f')
     return {"tiny": tiny, "tmp": tmp_path, "new": tmp_path / "new", "run": tmp_path / "run", "run2": tmp_path / "run2", "few": tmp_path / "few"}
@@ -700,6 +778,7 @@ def test_the_material_of_the_bad_command_lines_is_good_but_for_its_mistake(mater
     """Else a line might be refused for another reason than the one it is there for."""
     command("score", tmp_path / "good.npz", "--model", tiny, "--device", "cpu", *RESAMPLES)
     command("compare", tmp_path / "run", tmp_path / "run2", "--labels", "a,b", "--out", tmp_path / "new.png")
+    command("compare", tmp_path / "asked", tmp_path / "asked2")          # the same prompts in two places
     command("images", tiny, "--n", 20, "--out", tmp_path / "begun", "--device", "cpu")
     assert "20 pictures of 10 prompts" in capsys.readouterr().out
 

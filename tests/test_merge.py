@@ -27,8 +27,11 @@ import models
 import prompting
 import rewards
 import runtime
+import shaping
 import weights
-from conftest import build_model, contents, launch, launch_process, read_metrics, small
+from conftest import build_model, contents, files, files_up_to, launch, launch_process, read_metrics, small
+from test_bad_input import rewrite
+from test_models import build_sit
 from test_train import at_call, killed, same
 
 SHAPES = {"blocks.0.w": (3, 2), "blocks.1.w": (4,), "blocks.10.w": (2, 2), "head": (5,)}          # blocks in order: 0, 1, 10, rest
@@ -366,6 +369,26 @@ def test_the_rivals_are_every_checkpoint_alone_the_mean_and_every_length():
     assert torch.equal(rows[4:], weights.sweep(views, [0.07, 0.2])) and [*found][3:] == ["uniform average", "EMA 0.07", "EMA 0.2"]
 
 
+def test_averages_of_two_runs_have_no_third_length():
+    """The same iteration and length twice: two seeds."""
+    assert [*merge.rivals([view("20", "0.05"), view("20", "0.1"), view("20", "0.1")], ["a/1", "a/2", "b/2"], [0.07])] == ["1", "a/2", "b/2", "uniform average"]
+
+
+@pytest.mark.parametrize("kind", ["fid", "kid"])
+@pytest.mark.parametrize("n", [10, 40])
+def test_the_fall_of_the_distance_is_a_price_or_a_difference(monkeypatch, kind, n):
+    """Of all M = 40 members at once no price is asked for: it would need [2 M, 2 M] numbers."""
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g)
+    pool = dist_reward.KernelReplace(randn(40, 6) + 0.5, randn(50, 6)) if kind == "kid" else dist_reward.SubsetReplace(randn(40, 6) + 0.5, torch.zeros(6), torch.eye(6))
+    new, members, before = randn(n, 6), torch.randperm(40, generator=g)[:n], {name: value.clone() for name, value in pool.state().items()}
+    right = 40 / n * pool.price(new[None], members)[0].item()
+    if n == 40:
+        monkeypatch.setattr(type(pool), "price", lambda *rest: pytest.fail("the price of all members was asked for"))
+    assert merge.fall(pool, new, members) == pytest.approx(right, rel=1e-6) and abs(right) > 1e-3
+    same(pool.state(), before)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files.
 
@@ -566,10 +589,68 @@ def test_ema_writes_a_folder_for_each_length(four, tiny, tmp_path):
     raw = four[0].replace("-0.050", "")                                  # takes no part
     merge.main(["ema", *four, raw, "--sigma_rel", "0.07,0.15", "--out", str(tmp_path / "many")])
     merge.main(["ema", *four, "--sigma_rel", "0.15", "--out", str(tmp_path / "one")])
-    assert {path.name for path in (tmp_path / "many").iterdir()} == {"0.07", "0.15"}
+    assert {path.name for path in (tmp_path / "many").iterdir()} == {"0.07", "0.15", "config.json"}
     for folder, length in ((tmp_path / "many" / "0.07", 0.07), (tmp_path / "many" / "0.15", 0.15), (tmp_path / "one", 0.15)):
         c = weights.ema_coefficients([2, 2, 3, 3], [0.05, 0.1, 0.05, 0.1], length)
         close(models.load(folder).network.state_dict(), brute(tiny, four, c), 1e-6)
+
+
+def test_ema_that_was_killed_makes_the_lengths_that_are_missing(four, tmp_path, monkeypatch, capsys):
+    argv = ["ema", *four, "--sigma_rel", "0.07,0.15,0.2"]
+    merge.main([*argv, "--out", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_call(patch, runtime, "save_model", 2, killed)
+        merge.main([*argv, "--out", str(tmp_path / "cut")])
+    shutil.rmtree(tmp_path / "cut" / "0.15")
+    before = files(tmp_path / "cut" / "0.07")
+    merge.main([*argv, "--out", str(tmp_path / "cut")])
+    assert files(tmp_path / "cut" / "0.07") == before                    # not written again
+    found, right = contents(tmp_path / "cut"), contents(tmp_path / "whole")
+    assert found.pop("config.json") != right.pop("config.json") and found == right
+    capsys.readouterr()
+    for other in (["ema", *four[:3], "--sigma_rel", "0.07,0.15,0.2"], ["ema", *four, "--sigma_rel", "0.07"]):
+        with pytest.raises(SystemExit) as stop:                          # of other checkpoints, or a model where the folder of many is
+            merge.main([*other, "--out", str(tmp_path / "cut")])
+        assert stop.value.code == 2 and "choose another" in capsys.readouterr().err
+    assert contents(tmp_path / "cut").keys() == found.keys() | {"config.json"}
+
+
+def test_averages_of_two_seeds_are_merged_but_are_no_average(four, tiny, tmp_path, monkeypatch, capsys):
+    """They are of the same iteration and length, so that only `ema` cannot use them."""
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+    two = [shutil.copy(four[0], tmp_path / "0"), write(tmp_path / "1" / Path(four[0]).name, load_file(four[1]), **weights.Weights([four[0]]).facts)]
+    merge.main(["average", *map(str, two), "--out", str(tmp_path / "merged")])
+    close(models.load(tmp_path / "merged").network.state_dict(), brute(tiny, [four[0], four[1]], [0.5, 0.5]))
+    searched = []
+    monkeypatch.setattr(merge, "search", lambda args, task, blocks, fixed, *rest: searched.extend(fixed))
+    with pytest.raises(SystemExit):                                      # None is what a search that was asked to stop returns
+        merge.main(["rl", *map(str, two), *RL, "--reward", "class", "--out", str(tmp_path / "rl")])
+    assert searched == [*map(str, two), "uniform average"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        merge.main(["ema", *map(str, two), "--out", str(tmp_path / "ema")])
+    assert stop.value.code == 2 and "two checkpoints are the average 0.05 of iteration 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["average", "ema"])
+def test_a_full_disk_ends_a_merge_with_one_line(four, tmp_path, command):
+    argv = [command, *four, "--out", str(tmp_path / "out")]
+    with files_up_to(20000), pytest.raises(SystemExit, match=r"^error: .*out: .*too large.*what is there is whole; the same command goes on") as stop:
+        merge.main(argv)
+    assert "\n" not in stop.value.code and len(stop.value.code) < 500
+    merge.main(argv)
+    assert models.load(tmp_path / "out" if command == "average" else tmp_path / "out" / "0.2")
+
+
+def test_weights_that_do_not_fit_their_config_are_one_line(four, tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "model")
+    rewrite(num_layers=2)(tmp_path / "model" / "transformer" / "config.json")
+    for command in ("average", "rl"):
+        with pytest.raises(SystemExit) as stop:
+            merge.main([command, *four, *(RL if command == "rl" else []), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and line.startswith("error: --model ") and "transformer" in line and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -699,7 +780,7 @@ def test_the_search_pays_the_fall_of_the_distance_by_brute_force(four, tiny, tmp
     for (mean, log_std, z, advantage, lr), (candidates, *_, terms) in zip(steps, (first, second)):
         torch.testing.assert_close(merge.coefficients_of(z, start, Q), candidates)
         torch.testing.assert_close(z[:2] + z[2:], 2 * mean.expand(2, 1, 3))                   # mirrored pairs
-        standard = lambda x: (x - x.mean()) / x.std().clamp(min=1e-3)           # group_advantage: nearly equals are not blown up
+        standard = lambda x: shaping.group_advantage(x[None], torch.arange(len(x))[None])[0]
         torch.testing.assert_close(advantage, standard(terms["fid"]) + 0.5 * standard(terms["class"]), rtol=1e-6, atol=1e-6)
         assert lr == 0.5
     assert steps[0][0].abs().max() == 0 and steps[0][1].exp().unique().tolist() == [pytest.approx(0.1)]
@@ -755,6 +836,38 @@ def test_a_full_disk_ends_a_search_with_one_line(four, tmp_path, monkeypatch):
     at_call(monkeypatch, runtime, "save_checkpoint", 2, full)
     with pytest.raises(SystemExit, match=r"^error: .*No space left on device.*checkpoint 2 is whole; the same command goes on"):
         merge.main(["rl", *four, *RL, "--reward", "fid:1", "--out", str(tmp_path / "out")])
+
+
+def test_a_search_holds_no_more_pictures_than_a_batch_or_two(four, tmp_path, monkeypatch):
+    """One that is being measured, and one that is being drawn, of the 60 of a rival."""
+    decode, alive, most = models.StableDiffusion3.decode, weakref.WeakSet(), []
+
+    def counted(self, latents):
+        images = decode(self, latents).clone()
+        alive.add(images)
+        most.append(sum(map(len, alive)))
+        return images
+    monkeypatch.setattr(models.StableDiffusion3, "decode", counted)
+    monkeypatch.setattr(merge, "report", lambda *args: "")
+    merge.main(["rl", *four, *RL, "--updates", "1", "--reward", "fid:1,class:0.5", "--batch", "7", "--out", str(tmp_path / "out")])
+    assert len(most) > 7 * 60 / 7 and 7 <= max(most) <= 14
+
+
+def test_a_prompt_that_is_no_class_leaves_nothing_behind(tmp_path, capsys):
+    for name in "ab":
+        models.load(build_sit(tmp_path / f"base-{name}")).save(tmp_path / name)
+    argv = ["rl", str(tmp_path / "a"), str(tmp_path / "b"), *RL, "--reward", "jpeg", "--updates", "1", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
+    for text in ("a boot", "goldfish"):
+        (tmp_path / "p.txt").write_text(text + "\n")
+        before = contents(tmp_path)
+        if text == "goldfish":
+            merge.main(argv)
+            break
+        with pytest.raises(SystemExit) as stop:
+            merge.main(argv)
+        assert stop.value.code == 2 and "error: prompt 'a boot': a class is a number" in capsys.readouterr().err
+        assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "table.md").is_file()
 
 
 def test_search_and_report_have_their_own_halves(rl, tiny, tmp_path):
