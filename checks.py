@@ -15,22 +15,24 @@ import eval as evaluation
 import models
 import runtime
 from compare import grid_files, open_runs
-from features import TINY, check_features, check_target, target_path
-from model_files import read_json
+from features import TINY, check_features, check_price, check_target, target_path
+from model_files import BESIDE, OWN, read_json
 from picture_sets import choose, open_pictures, read_sidecar, settings, sidecar
 from prompting import read_prompts
 from rewards import DISTRIBUTION, check_classifier, check_labels, check_reward, needs_labels, parse
 from sampling import VP
 from weights import open_checkpoints, sweep
 
+SEED = 2**63 - 1                                                         # the largest that torch takes
 LIMITS = {                                                               # the smallest and largest value of each number
     **dict.fromkeys(("iterations", "prompts_per_step", "steps", "updates", "passes", "eval_every", "eval_images", "eval_steps",
                      "save_every", "keep_checkpoints", "keep_snapshots", "batch", "timeout", "decode_batch"), (1, math.inf)),
     **dict.fromkeys(("train_batch", "reward_batch"), (0, math.inf)),
-    **dict.fromkeys(("seed", "eval_seed", "warmup", "nearest", "replace", "refresh", "snapshot_every", "lora", "guidance", "tau1", "tau2", "prompt_noise",
-                     "diversity", "kl"), (0, math.inf)),
-    **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "decay": (0, 1), "ema": (0, 0.9999),
+    **dict.fromkeys(("warmup", "nearest", "replace", "refresh", "snapshot_every", "lora", "guidance", "tau1", "tau2", "prompt_noise",
+                     "diversity", "kl"), (0, math.inf)), **dict.fromkeys(("seed", "eval_seed"), (0, SEED)),
+    **dict.fromkeys(("lr", "clip", "grad_clip"), (1e-12, math.inf)), "eta": (1e-3, 1), "psi": (0, 1), "gamma": (0, 1), "ema": (0, 0.9999),
     **dict.fromkeys(("group_size", "keep", "reference"), (2, math.inf))}
+IDLE = {**dict.fromkeys(("tau1", "tau2", "psi"), "prompt_noise"), **dict.fromkeys(("success", "gamma", "terminal"), "diversity")}      # where that is 0
 
 
 def check(args, default):
@@ -50,7 +52,10 @@ def check(args, default):
     args = dataclasses.replace(args, keep=args.group_size if args.select == "all" else args.keep)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
-        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
+        need(low <= value <= high and math.isfinite(value), f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
+    for name, switch in IDLE.items():
+        given = f"--{name} {getattr(args, name)}" if name != "success" else "--no-success"
+        need(name not in changed or getattr(args, switch), f"{given}: means nothing where --{switch} is 0" + ", as --drift off sets it" * (args.drift == "off"))
     need(args.keep <= args.group_size, f"--keep {args.keep}: is more than --group_size {args.group_size}")
     need(args.nearest < args.group_size, f"--nearest {args.nearest}: must be below --group_size {args.group_size}")
     need(args.tau1 < args.tau2, f"--tau1 {args.tau1}: must be below --tau2 {args.tau2}")
@@ -72,7 +77,7 @@ def check(args, default):
     if args.snapshot_every:
         models.network_files(args.model)                                 # a snapshot names its base by the numbers in them
     weights = check_reward(args.reward, folder)
-    for name in (name for name in ("features", "target", "price", "refresh") if name in changed and not {*weights} & {*DISTRIBUTION}):
+    for name in (name for name in ("features", "target", "price", "reference", "refresh") if name in changed and not {*weights} & {*DISTRIBUTION}):
         raise ValueError(f"--{name} {changed[name]}: means nothing where --reward, {args.reward}, names neither fid nor kid")
     for flag in ("features",) * bool({*weights} & {*DISTRIBUTION}) + ("diversity_features",):
         need(getattr(args, flag) not in TINY or (folder / getattr(args, flag)).is_dir(),
@@ -80,6 +85,8 @@ def check(args, default):
     if {*weights} & {*DISTRIBUTION}:
         D = check_features(args.features, folder)
         check_target(target_path(args.target, args.features, folder), D, "kid" in weights)
+        if "fid" in weights:
+            check_price(args.price, args.reference, D or 0)
         if args.features == "evaluator":                                 # then the reward classifier judges
             check_classifier(folder / "reward")
             evaluation.check_real(folder / "reward" / "real.npz")
@@ -99,8 +106,17 @@ def check(args, default):
     check_labels(judged if judge or labels else [], args.eval_prompts), check_labels(prompts if labels else [], args.prompts)
     need(args.eval_images % len(judged) == 0 and args.eval_images >= 2 * len(judged),
          f"--eval_images {args.eval_images}: must be a multiple of the {len(judged)} prompts of {args.eval_prompts}, two each at least")
+    check_out(args.out, args.model)
     runtime.open_run(args.out, vars(args), free=("out", "dry_run"))
     return args, prompts, judged
+
+
+def check_out(out, model):
+    """Raises ValueError for an --out within what is copied from the base when the model is saved: it would be copied into itself, without end."""
+    kind, folder, *_ = models.locate(model)
+    for path in [folder / name for name in BESIDE] if kind in OWN else [folder]:
+        if Path(out).resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"--out {out}: lies in {path}, which is copied when the model is saved; choose an --out beside it")
 
 
 def check_shard(args, processes, stochastic):
@@ -154,7 +170,7 @@ def plan(args, prompts):
 
 
 MERGE_LIMITS = {
-    **dict.fromkeys(("updates", "steps", "batch"), (1, math.inf)), **dict.fromkeys(("seed", "report_seed", "guidance"), (0, math.inf)),
+    **dict.fromkeys(("updates", "steps", "batch"), (1, math.inf)), **dict.fromkeys(("seed", "report_seed"), (0, SEED)), "guidance": (0, math.inf),
     **dict.fromkeys(("group_size", "images", "reference", "report_images"), (2, math.inf)), **dict.fromkeys(("std", "lr"), (1e-12, math.inf))}
 
 
@@ -170,7 +186,7 @@ def check_merge(args, default):
         raise ValueError(f"--{name}: means nothing to merge.py {args.command}")
     for name, (low, high) in MERGE_LIMITS.items():
         value = getattr(args, name)
-        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
+        need(low <= value <= high and math.isfinite(value), f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
     lengths = numbers("sigma_rel", args.sigma_rel)
     need(lengths and all(0 < s < 0.288 for s in lengths), f"--sigma_rel {args.sigma_rel}: each must be between 0 and 0.288")
     for path in args.checkpoints:
@@ -178,11 +194,12 @@ def check_merge(args, default):
     base, views = open_checkpoints(args.checkpoints, args.model)
     args, folder = dataclasses.replace(args, model=str(base)), models.check(base)
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
-    averages = sweep(views, lengths)
-    check_sampling(base, steps=args.steps)
+    averages = sweep(views, lengths) if args.command == "ema" else ()
+    check_sampling(base, steps=args.steps), check_out(args.out, base)
     if args.command != "rl":
-        need(not Path(args.out).exists(), f"--out {args.out}: exists; choose another")
-        runtime.open_run(args.out, {})
+        several = args.command == "ema" and len(lengths) > 1            # a folder each, which the same command may complete
+        need(several or not Path(args.out).exists(), f"--out {args.out}: exists; choose another")
+        runtime.open_run(args.out, vars(args) if several else {}, free=("out",))
         c = numbers("coefficients", args.coefficients)
         need(len(c) in (0, len(views)), f"--coefficients {args.coefficients}: {len(c)} numbers for {len(views)} checkpoints")
         need(not c or abs(sum(c) - 1) < 1e-6, f"--coefficients {args.coefficients}: sum to {sum(c):.6g}; they must sum to 1")
@@ -217,7 +234,7 @@ def numbers(flag, text):
         raise ValueError(f"--{flag} {text}: write numbers with commas between, as in 0.05,0.1") from None
 
 
-EVAL_LIMITS = {"steps": (1, math.inf), "batch": (1, math.inf), **dict.fromkeys(("n", "seed", "guidance"), (0, math.inf)), "resamples": (10, math.inf)}
+EVAL_LIMITS = {"steps": (1, math.inf), "batch": (1, math.inf), **dict.fromkeys(("n", "guidance"), (0, math.inf)), "resamples": (10, math.inf), "seed": (0, SEED)}
 EVAL_USES = {"images": {"out", "n", "prompts", "seed", "steps", "guidance", "precision", "batch", "device"}, "compare": {"out", "labels"}}
 EVAL_USES |= {"grid": EVAL_USES["compare"], "score": EVAL_USES["images"] | {"model", "reward", "features", "target", "resamples"}}
 
@@ -232,7 +249,7 @@ def check_eval(args, default):
         need(value == getattr(default, name) or name in EVAL_USES[args.command], f"--{name}: means nothing to eval.py {args.command}")
     for name, (low, high) in EVAL_LIMITS.items():
         value = getattr(args, name)
-        need(math.isfinite(value) and low <= value <= high, f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
+        need(low <= value <= high and math.isfinite(value), f"--{name} {value}: must be a finite number from {low:g} to {high:g}")
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     most = {"images": 1, "score": 2}.get(args.command, math.inf)
     need(len(args.inputs) <= most, f"{' '.join(args.inputs)}: eval.py {args.command} takes {most:g} at most")

@@ -24,7 +24,7 @@ from PIL import Image
 
 from dist_reward import KernelReplace, SubsetReplace, moments
 from rewards import check_classifier, load_classifier
-from runtime import gather, share
+from runtime import all_say, gather, share
 
 TINY = ("reward", "evaluator")
 HUB = {"dinov2": ("facebook/dinov2-large", "hidden_size"), "clip": ("openai/clip-vit-large-patch14", "projection_dim")}
@@ -42,7 +42,12 @@ def check_features(spec, folder, flag="features"):
         check_classifier(Path(folder) / spec)
         return 64
     if kind == "inception":
-        if not zipfile.is_zipfile(rest):
+        try:
+            with zipfile.ZipFile(rest) as file:
+                scripted = any(name.endswith("/constants.pkl") for name in file.namelist())   # torch.save writes a zip too, without it
+        except (OSError, ValueError, zipfile.BadZipFile):
+            scripted = False
+        if not scripted:
             raise ValueError(f"--{flag} {spec}: {rest or 'no file'} is not a TorchScript file; write inception:FILE")
         return 2048
     if kind in HUB:
@@ -65,16 +70,22 @@ def check_features(spec, folder, flag="features"):
 
 
 def load_features(spec, folder, device="cpu"):
-    """-> a function: pictures [B, 3, H, W] in [0, 1] -> float32 [B, D]. Raises FloatingPointError if a feature is not finite."""
+    """-> a function: pictures [B, 3, H, W] in [0, 1] -> float32 [B, D]; it raises FloatingPointError if a feature is not finite.
+
+    Raises ValueError, in one line, if the network cannot be loaded."""
     kind, _, rest = spec.partition(":")
-    if spec in TINY:
-        network = load_classifier(Path(folder) / spec, device).features
-    elif kind == "inception":
-        network = inception(torch.jit.load(rest, map_location=device).eval())
-    elif kind in HUB:
-        network = vision(kind, rest or HUB[kind][0], device)
-    else:
-        network = getattr(importlib.import_module(kind), rest)
+    try:
+        if spec in TINY:
+            network = load_classifier(Path(folder) / spec, device).features
+        elif kind == "inception":
+            network = inception(torch.jit.load(rest, map_location=device).eval())
+        elif kind in HUB:
+            network = vision(kind, rest or HUB[kind][0], device)
+        else:
+            network = getattr(importlib.import_module(kind), rest)
+    except Exception as error:                                           # a library's: each kind of damage raises another
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{spec}: these features cannot be loaded ({reason}); fetch the network again, or name another") from None
 
     @torch.inference_mode()
     def features(images):
@@ -234,7 +245,8 @@ def load_target(path, network, blank, block=100):
     """-> mu [D], sigma [D, D], and the features [R, D] of its pictures or None where it holds only moments; on the device of `blank`.
 
     blank: any picture as the model makes them [1, 3, H, W]. Pictures go through the network in the same blocks however many processes
-    share them, so that every count gives the same bits. Raises ValueError where the number of features only now turns out not to fit.
+    share them, so that every count gives the same bits. Raises ValueError, the same on all of them, for a picture that cannot be read, and where the
+    number of features only now turns out not to fit.
     """
     D, device = network(blank).shape[1], blank.device
     check_target(path, D)
@@ -248,20 +260,35 @@ def load_target(path, network, blank, block=100):
         total, read = len(pixels), lambda i: np.broadcast_to(pixels[i], (3, *pixels.shape[1:]))
     blocks = -(-total // block)
     found = torch.zeros(len(share(blocks)), block, D, device=device)
-    for row, b in zip(found, share(blocks)):
-        images = [torch.from_numpy(read(i).copy()).float() / 255 for i in range(b * block, min((b + 1) * block, total))]
-        stacks = torch.stack(images).split(block) if len({x.shape for x in images}) == 1 else [x[None] for x in images]
-        row[:len(images)] = torch.cat([network(x.to(device)) for x in stacks])
+    damaged = None
+    try:
+        for row, b in zip(found, share(blocks)):
+            images = [torch.from_numpy(read(i).copy()).float() / 255 for i in range(b * block, min((b + 1) * block, total))]
+            stacks = torch.stack(images).split(block) if len({x.shape for x in images}) == 1 else [x[None] for x in images]
+            row[:len(images)] = torch.cat([network(x.to(device)) for x in stacks])
+    except ValueError as error:                                          # a picture that one process alone reads; the others would wait for it
+        damaged = str(error)
+    if said := [line for line in all_say(damaged) if line]:
+        raise ValueError(said[0])
     features = gather(found, blocks).flatten(0, 1)[:total]
     return *moments(features), features
 
 
-def open_pool(kind, spec, target, folder, members, blank):
+def check_price(price, members, D):
+    """Raises ValueError if M = `members` are too few for the quadratic price of the FID, which divides by the eigenvalues of their covariance."""
+    if price == "quadratic" and members < 3 * D:
+        raise ValueError(f"--price quadratic: --reference {members} is less than three times the {D} features, and so few give it the wrong sign; "
+                         f"take --price exact, --price potential or --reference {3 * D}")
+
+
+def open_pool(kind, spec, target, folder, members, blank, price="exact"):
     """What the reward `kind` (fid or kid) needs -> an empty reference of M = `members`, the feature network, mu and sigma of the real pictures.
 
     blank: one picture [1, 3, H, W], to learn how many features there are. Raises ValueError, in one line.
     """
     network = load_features(spec, folder, blank.device)
     *moments_, real = load_target(target_path(target, spec, folder), network, blank)
+    if kind == "fid":                                                    # KID's quadratic price is its exact one
+        check_price(price, members, len(moments_[0]))
     empty = torch.zeros(members, len(moments_[0]), device=blank.device)
     return KernelReplace(empty, real) if kind == "kid" else SubsetReplace(empty, *moments_), network, moments_

@@ -8,13 +8,13 @@ Left out: skipping the bad step and going on, which hides the cause.
 """
 import functools
 import math
+import shutil
 import sys
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
-from runtime import gather, newest_checkpoint, rank, world
+from runtime import all_say, gather, newest_checkpoint, rank, world
 from sharding import local
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-4, "compiled float32": 1e-5, "compiled bfloat16": 1e-3}         # of the first ratio
@@ -35,10 +35,7 @@ def together(where):
         yield
     except Exception as error:
         mistake = error
-    said = [mistake and (str(mistake) or type(mistake).__name__)] * world()
-    if dist.is_initialized():
-        dist.all_gather_object(said, said[0])
-    for process, text in enumerate(said):
+    for process, text in enumerate(all_say(mistake and (str(mistake) or type(mistake).__name__))):
         if text:
             kind = FloatingPointError if isinstance(mistake, FloatingPointError) else RuntimeError
             raise kind(f"{where}, process {process}: {text}; stopped before the update") from mistake
@@ -50,7 +47,8 @@ def writing(out):
     try:
         yield
     except OSError as error:
-        raise SystemExit(f"error: {out}: {error}; checkpoint {newest_checkpoint(out)[1]['step']} is whole; the same command goes on from it") from None
+        why, step = error.args[0][0][2] if isinstance(error, shutil.Error) else error, newest_checkpoint(out)[1]["step"]        # copytree names each file
+        raise SystemExit(f"error: {out}: {why}; {f'checkpoint {step}' if step else 'what is there'} is whole; the same command goes on from it") from None
 
 
 def check_finite(step, tensors, device):

@@ -8,6 +8,7 @@ No network is built here, and every ValueError is the user's one line: the value
 """
 import json
 import re
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ import sit
 
 NETWORK = {"StableDiffusionPipeline": "unet", "StableDiffusion3Pipeline": "transformer"}      # the folder of the trained network
 OWN = ("sit", "edm2")                                                    # the two whose network no library holds
+DEFAULT = "assets/tiny"                                                  # the embedded base: of the working directory, or else of this project
 BESIDE = ("vae", "classes.txt", "reward", "evaluator", "prompts.jsonl", "eval_prompts.jsonl")  # what lies beside the file of such a network
 STOCK = {  # what the scheduler must say, where it says anything, for the samples to be those of the stock pipeline
     "unet": {"prediction_type": ("epsilon", "v_prediction"), "beta_schedule": ("linear", "scaled_linear"), "timestep_spacing": ("leading",),
@@ -63,7 +65,9 @@ def locate(name):
         file, comma, guide = rest.partition(",") if kind == "edm2" and not Path(rest).is_file() else (rest, "", "")
         return kind, Path(file).parent, Path(file), Path(guide) if comma else None
     folder = Path(name)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
+    if str(name) == DEFAULT and not folder.exists():
+        folder = Path(__file__).resolve().parent / DEFAULT
+    elif not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
         folder = _fetch(str(name))
     if not folder.is_dir():
         raise ValueError("no such folder; build the default with experiments/build_tiny.py or give a diffusers folder or a hub id, owner/name")
@@ -88,6 +92,16 @@ def _fetch(repo):
     except Exception as error:                                           # offline, unknown, gated, disk full: each raises another
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"no such folder, and not to be had as a hub id ({reason})") from None
+
+
+def copy_folder(source, target, *left_out, top=""):
+    """Copies what a folder holds, without the patterns `left_out`, at its top also `top`, and without links to nothing.
+
+    Not by shutil's ignore_dangling_symlinks: it looks for the end of a relative link in the working directory, and would drop a hub's every file."""
+    def skip(at, names):
+        lost = [name for name in names if not (Path(at) / name).exists()]
+        return [*lost, *shutil.ignore_patterns(*left_out, top * (Path(at) == Path(source)))(at, names)]
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=skip)
 
 
 def read_json(path):
@@ -145,8 +159,13 @@ def _check_pipeline(folder, kind):
         raise ValueError("model_index.json names a text_encoder_3 but no text_encoder_2; it needs the first two beside it")
     for n in numbers:
         words = folder / f"tokenizer{n}"
-        if not ((words / "tokenizer.json").is_file() or (words / "vocab.json").is_file() and (words / "merges.txt").is_file()):
+        if (words / "tokenizer.json").is_file():
+            read_json(words / "tokenizer.json")
+        elif not ((words / "vocab.json").is_file() and (words / "merges.txt").is_file()):
             raise ValueError(f"tokenizer{n}/tokenizer.json is missing, or vocab.json and merges.txt; the folder is incomplete")
+        length = read_json(words / "tokenizer_config.json").get("model_max_length")
+        if not n and not (isinstance(length, int) and 0 < length < 2**31):                   # transformers would take 10^30 for one that is missing
+            raise ValueError(f"model_max_length {length} in tokenizer/tokenizer_config.json: must be how many tokens the text encoder takes")
         _check_part(folder / f"text_encoder{n}")
     config, scheduler = _check_part(folder / name), read_json(folder / "scheduler" / "scheduler_config.json")
     if name == "transformer" and "shift" not in scheduler:
@@ -212,3 +231,12 @@ def class_names(folder, classes):
         for name in {part.strip().lower() for part in (line, *line.split(","))}:
             found.setdefault(name, set()).add(i)
     return {name: min(ids) for name, ids in found.items() if len(ids) == 1}
+
+
+def class_ids(folder, names, texts, classes):
+    """Class numbers as texts, or names as class_names gave them -> integers [B]; the empty text -> `classes`, the null label. Raises ValueError."""
+    found = [classes if not text else int(text) if re.fullmatch(r"[0-9]{1,9}", text) else names.get(text.lower(), -1) for text in texts]
+    for text, i in zip(texts, found):
+        if text and not 0 <= i < classes:
+            raise ValueError(f"prompt {text!r}: a class is a number from 0 to {classes - 1} or a name of {folder / 'classes.txt'}")
+    return found

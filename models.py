@@ -13,7 +13,6 @@ Deterministic samples equal the stock pipeline's. Weights are float32; precision
 import copy
 import functools
 import json
-import re
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,11 +26,12 @@ from torch.utils.checkpoint import checkpoint
 import edm2
 import sit
 from lora import merged
-from model_files import BESIDE, check, class_names, locate, named_parts, network_files, read_json, stated_heads
+from model_files import BESIDE, check, class_ids, class_names, copy_folder, locate, named_parts, network_files, read_json, stated_heads
 from sampling import EDM, VP, Flow
 
 __all__ = ["check", "network_files", "load"]                             # what callers use; the first two live in model_files.py
 T5_TOKENS = 256                                                          # of a prompt, as in the stock pipeline
+REMEMBERED = 8 * 2**30                                                   # bytes of prompt embeddings: 36,000 prompts of Stable Diffusion 1, 1,500 of 3.5
 
 
 def load(name, device="cpu", precision="float32", checkpointing=False, decode_batch=8, compile=False):
@@ -84,14 +84,16 @@ def _libraries():
     return diffusers, transformers
 
 
-def _part(cls, folder, device, dtype=torch.float32):
-    """A network of diffusers or transformers, in eval() and without gradients. Raises ValueError if not every weight comes from its files."""
+def _part(cls, folder, device=None, dtype=torch.float32):
+    """A network of diffusers or transformers, in eval() and without gradients, or (no device) a tokenizer. Raises ValueError if its files are not whole."""
     keyword = "torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"
     try:
+        if device is None:
+            return cls.from_pretrained(folder, local_files_only=True)
         network, found = cls.from_pretrained(folder, **{keyword: dtype}, use_safetensors=True, local_files_only=True, output_loading_info=True)
         if found["missing_keys"] or found["mismatched_keys"]:
             raise ValueError(f"no weights of its shape for {sorted(map(str, [*found['missing_keys'], *found['mismatched_keys']]))[0]}")
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:                                           # a library's: each kind of damage raises another
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"--model {folder.parent}: {folder.name} is not the {cls.__name__} of its config ({reason})") from None
     return network.to(device).eval().requires_grad_(False)
@@ -132,17 +134,23 @@ class Generator:
         Raises RuntimeError for a text that forget_text_encoders did not keep; where prompts are classes, ValueError for a text that is none."""
         unknown = [text for text in texts if text not in self.known]
         if not unknown:
-            return tuple(torch.stack(found) for found in zip(*(self.known[text] for text in texts)))
+            return tuple(torch.stack(found).to(self.device) for found in zip(*(self.known[text] for text in texts)))
         if self.encoders == []:
             raise RuntimeError(f"the text encoders have been forgotten, and what they made of {unknown[0]!r} was not kept")
-        return tuple(torch.cat(found).float() for found in zip(*(self.embed(texts[i:i + 64]) for i in range(0, len(texts), 64))))
+        each = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # once, however many rollouts share it
+        parts = zip(*(self.embed([*each][i:i + 64]) for i in range(0, len(each), 64)))
+        return tuple(torch.cat(found).float()[[each[text] for text in texts]] for found in parts)
 
     def forget_text_encoders(self, texts=()):
-        """Frees their memory, also that of frozen copies, and keeps what they (or a network that embeds classes itself) make of `texts`."""
-        if self.encoders != []:
-            texts = list(dict.fromkeys(texts))
-            self.known.update(zip(texts, zip(*self.encode(texts))) if texts else ())
-            self.encoders and self.encoders.clear()                      # in place: copies share the list
+        """Frees their memory, also that of frozen copies, and keeps what they (or a network that embeds classes itself) make of `texts`, on the CPU.
+
+        If that is more than REMEMBERED bytes they stay instead, and encode each iteration's prompts anew."""
+        texts = list(dict.fromkeys(texts))
+        if self.encoders == [] or len(texts) * sum(y.nbytes for y in self.encode(texts[:1])) > REMEMBERED:
+            return
+        for part in (texts[i:i + 64] for i in range(0, len(texts), 64)):
+            self.known.update(zip(part, zip(*(y.cpu() for y in self.encode(part)))))
+        self.encoders and self.encoders.clear()                          # in place: copies share the list
 
     def decode(self, latents):
         """latents [B, *shape] -> pictures [B, 3, H, W] in [0, 1], float32, `decode_batch` at a time."""
@@ -161,32 +169,23 @@ class Generator:
         return merged(self.network)
 
     def save_pipeline(self, folder, part, weights):
-        """Everything the base folder holds, with the network as it is now (float32, LoRA folded in), so that it loads like the base."""
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(part, "*.bin", "*.ckpt", "*.fp16*", ".git", ".cache"))
+        """What the base folder holds, except a whole model in one file, with the network as it is now (float32, LoRA folded in): it loads like the base."""
+        copy_folder(self.folder, folder, part, "*.bin", "*.ckpt", "*.fp16*", ".git", ".cache", top="*.safetensors")
         self.network.save_config(Path(folder) / part)
         save_file(weights or self.weights(), Path(folder) / part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-        index = read_json(self.folder / "model_index.json")
-        absent = [name for name in named_parts(self.folder) if not (Path(folder) / name).is_dir()]        # the safety checker of a hub id, say
-        if absent:
-            (Path(folder) / "model_index.json").write_text(json.dumps(index | dict.fromkeys(absent, [None, None]), indent=2))
+        if absent := [name for name in named_parts(self.folder) if not (Path(folder) / name).is_dir()]:        # the safety checker of a hub id, say
+            index = read_json(self.folder / "model_index.json") | dict.fromkeys(absent, [None, None])
+            (Path(folder) / "model_index.json").write_text(json.dumps(index, indent=2))
 
     def save_own(self, folder, kind, facts, weights):
         """KIND.safetensors, the network as it is now (float32, LoRA folded in), and copies of what lies beside the base's file."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for path in (self.folder / name for name in BESIDE):
             if path.is_dir():
-                shutil.copytree(path, Path(folder) / path.name, dirs_exist_ok=True)
+                copy_folder(path, Path(folder) / path.name)
             elif path.is_file():
                 shutil.copyfile(path, Path(folder) / path.name)
         save_file(weights or self.weights(), Path(folder) / f"{kind}.safetensors", {name: str(value) for name, value in facts.items()})
-
-    def class_ids(self, texts, classes):
-        """Class ids as texts, or names of classes.txt -> integers [B]; the empty text -> `classes`, the null label. Raises ValueError."""
-        found = [classes if not text else int(text) if re.fullmatch(r"[0-9]{1,9}", text) else self.names.get(text.lower(), -1) for text in texts]
-        for text, i in zip(texts, found):
-            if text and not 0 <= i < classes:
-                raise ValueError(f"prompt {text!r}: a class is a number from 0 to {classes - 1} or a name of {self.folder / 'classes.txt'}")
-        return torch.tensor(found, device=self.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,8 +200,7 @@ class StableDiffusion(Generator):
         self.network = _part(diffusers.UNet2DConditionModel, folder / "unet", device).requires_grad_(True)
         self.vae = _part(diffusers.AutoencoderKL, folder / "vae", device)
         frozen = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self.encoders = [(transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-                          _part(transformers.CLIPTextModel, folder / "text_encoder", device, frozen))]
+        self.encoders = [(_part(transformers.CLIPTokenizer, folder / "tokenizer"), _part(transformers.CLIPTextModel, folder / "text_encoder", device, frozen))]
         scheduler = diffusers.DDIMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
         self.path = VP(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, offset=1)      # whatever steps_offset says, as the stock pipeline
         self.velocity = scheduler.config.prediction_type == "v_prediction"
@@ -240,7 +238,7 @@ class StableDiffusion3(Generator):
         named = named_parts(folder)
         frozen = torch.bfloat16 if precision == "bfloat16" and "vae" in named else torch.float32   # the miniature's encoder is small enough
         clip, t5 = (transformers.CLIPTokenizer, transformers.CLIPTextModelWithProjection), (transformers.T5TokenizerFast, transformers.T5EncoderModel)
-        self.encoders = [(tokenizer.from_pretrained(folder / f"tokenizer{n}"), _part(encoder, folder / f"text_encoder{n}", device, frozen))
+        self.encoders = [(_part(tokenizer, folder / f"tokenizer{n}"), _part(encoder, folder / f"text_encoder{n}", device, frozen))
                          for n, (tokenizer, encoder) in (("", clip), ("_2", clip), ("_3", t5)) if not n or f"text_encoder{n}" in named]
         config = read_json(folder / "scheduler" / "scheduler_config.json")
         self.path = Flow(config["shift"])
@@ -300,7 +298,7 @@ class SiT(Generator):
         return _from_velocity(x_t, t, v.float())
 
     def embed(self, texts):
-        return (self.network.embed(self.class_ids(texts, self.network.num_classes)),)
+        return (self.network.embed(torch.tensor(class_ids(self.folder, self.names, texts, self.network.num_classes), device=self.device)),)
 
     def picture(self, z):
         return self.vae.decode(z / 0.18215, return_dict=False)[0] / 2 + 0.5
@@ -336,7 +334,8 @@ class EDM2(Generator):
         return self.predict(self.guide_network, x_t, t, prompt[1] if self.guide_network.label_dim else None)
 
     def embed(self, texts):
-        labels = one_hot(self.class_ids(texts, self.network.label_dim), self.network.label_dim + 1)[:, :-1].float()
+        ids = torch.tensor(class_ids(self.folder, self.names, texts, self.network.label_dim), device=self.device)
+        labels = one_hot(ids, self.network.label_dim + 1)[:, :-1].float()
         return tuple(network.embed(labels) for network in (self.network, self.guide_network) if network and network.label_dim)
 
     def picture(self, z):

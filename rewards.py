@@ -132,7 +132,11 @@ class Clip:
     def __init__(self, name, device="cpu", batch=16):
         import transformers
         config, self.tokenizer, processor = read_clip(name)
-        network, found = transformers.CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        try:
+            network, found = transformers.CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        except Exception as error:                                       # a library's: each kind of damage raises another
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ValueError(f"{name}: this CLIP cannot be loaded ({reason}); fetch it again, or name another") from None
         if found["missing_keys"]:
             raise ValueError(f"{name}: lacks the weights {', '.join(sorted(found['missing_keys']))}")
         self.network, self.device, self.batch, self.known = network.to(device).eval().requires_grad_(False), device, batch, {}
@@ -152,6 +156,8 @@ class Clip:
             tokens = self.tokenizer(some, padding="max_length", truncation=True, max_length=self.words, return_tensors="pt").to(self.device)
             self.known.update(zip(some, F.normalize(self.network.get_text_features(**tokens).pooler_output, dim=1)))
         return torch.stack([self.known[text] for text in prompts])
+
+
 def load_head(path, device="cpu"):
     """LAION's linear-MSE head from a file, .safetensors or torch's, frozen: [B, 768] -> [B, 1]. Raises ValueError; nothing in the file is run."""
     if not Path(path).is_file():

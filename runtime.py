@@ -161,6 +161,14 @@ def gather(mine, n):
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 
+def all_say(what):
+    """What each process says, any object, in their order."""
+    said = [what] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(said, what)
+    return said
+
+
 def all_sum(tensor):
     """The sum of a tensor over the processes, in place."""
     if dist.is_initialized():

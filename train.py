@@ -7,7 +7,7 @@
 The algorithm is `train`: prompts -> rollouts -> rewards -> potential -> subset -> advantages -> clipped update (GRPO for flows,
 arXiv 2505.05470; DRIFT, arXiv 2601.12401). Simplifications, on purpose:
   1. no critic: a rollout's advantage is its reward against its group's mean;    2. no replay: rollouts are used once and dropped;
-  3. randomness is a function of (seed, step, sample), so nothing random is saved;    4. no loss scaling.
+  3. randomness is a function of (seed, step, sample), so nothing random is saved;    4. no learning-rate decay, no loss scaling.
 """
 import json
 import math
@@ -91,7 +91,6 @@ class Args:
     lora: int = 0                                   # rank of a LoRA on attention and feed-forward, in place of the weights (alpha = rank); 0: the weights themselves
     lr: float = 3e-4                                # AdamW's learning rate
     warmup: int = 5                                 # iterations over which lr rises
-    decay: float = 0.0                              # share of the run, at its end, over which lr falls to zero; 0: it stays
     updates: int = 2                                # optimizer steps a pass
     passes: int = 1                                 # passes over an iteration's (rollout, step) pairs
     clip: float = 0.4                               # PPO clip of the log-ratio, nats a picture and step (divided by its dimensions)
@@ -148,43 +147,44 @@ def credit(args, weights, terms, potential, closest):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two phases. A process handles its share of the P x N rollouts. table, null: embeddings of all prompts, and of the empty one; reward: the sample-wise
-# terms; measure: the features of a distribution-wise one (None: there is none); look: the space of --diversity_features (None: latents).
+# The two phases. A process handles its share of the P x N rollouts. null: embedding of the empty prompt; reward: the sample-wise terms; measure: the
+# features of a distribution-wise one (None: there is none); look: the space of --diversity_features (None: latents).
 
-def explore(args, model, policy, table, null, who, samples, key):
-    """Rollouts of the prompts `who`, one for each number in `samples` -> Trajectory; everything random is a function of (key, number)."""
+def explore(args, model, policy, texts, null, samples, key):
+    """Rollouts of the prompts `texts`, one for each number in `samples` -> Trajectory; everything random is a function of (key, number)."""
     noise = seeded_noise((*key, 0), samples, (1 + len(policy.window), *model.shape)).to(model.device)
-    prompt = tuple(y[torch.as_tensor(who, device=y.device)] for y in table)
+    prompt = model.encode(texts)
     prompt_noise = tuple(seeded_noise((*key, 1 + n), samples, y.shape[1:]).to(y) for n, y in enumerate(prompt))
     condition = noised_prompt(prompt, prompt_noise, args.prompt_noise, args.tau1, args.tau2, args.psi)
     return rollout(model, policy, condition, noise[:, 0] * model.initial_std, noise[:, 1:], null, args.batch, "cpu" if args.offload else None)
 
 
 @torch.no_grad()                                                         # in inference_mode, --shard would gather weights for it alone
-def fresh_reference(args, model, policy, table, null, measure, step):
+def fresh_reference(args, model, policy, prompts, null, measure, step):
     """Features [M, D] of M new rollouts, all prompts in turn: what the distribution-wise reward starts from."""
-    mine, found, who = runtime.share(args.reference), [], draw_prompts(len(table[0]), args.reference, args.seed, 0)
+    mine, found, who = runtime.share(args.reference), [], draw_prompts(len(prompts), args.reference, args.seed, 0)
     for at in range(mine.start, mine.stop, args.batch):
         samples = range(at, min(at + args.batch, mine.stop))
-        trajectory = explore(args, model, policy, table, null, who[samples.start:samples.stop], samples, (REFERENCE_STREAM, args.seed, step))
+        trajectory = explore(args, model, policy, [prompts[w].text for w in who[at:samples.stop]], null, samples, (REFERENCE_STREAM, args.seed, step))
         found += [measure(part) for part in model.decode(trajectory.latents[-1].to(model.device)).split(args.reward_batch or args.batch)]
     return runtime.gather(torch.cat(found), args.reference)
 
 
-def sample_groups(args, model, policy, table, null, reward, measure, look, prompts, step):
+def sample_groups(args, model, policy, prompts, null, reward, measure, look, step):
     """SAMPLE: rolls out this process's share -> its trajectory; and of all rollouts: reward terms, features of the pictures (or None),
     potentials, nearest distances."""
     P, N, W, samples = args.prompts_per_step, args.group_size, len(policy.window), runtime.share(args.prompts_per_step * args.group_size)
     in_parts = lambda f, x: torch.cat([f(part.to(model.device)) for part in x.split(args.reward_batch or args.batch)])
     who = draw_prompts(len(prompts), P, args.seed, step)[np.array(samples) // N]              # the prompt of each rollout
-    trajectory = explore(args, model, policy, table, null, who, samples, (ROLLOUT_STREAM, args.seed, step))
+    texts = [prompts[w].text for w in who]
+    trajectory = explore(args, model, policy, texts, null, samples, (ROLLOUT_STREAM, args.seed, step))
     guards.check_finite(step, {"a latent": trajectory.latents, "a predicted picture": trajectory.x0_hats, "a log-prob": trajectory.log_probs}, model.device)
     with torch.inference_mode():
         images = model.decode(trajectory.latents[-1].to(model.device))                        # [B, 3, H, W]
         states = trajectory.x0_hats[policy.window.start:policy.window.stop] if args.diversity else ()         # [W, B, ...]; looked at if paid for
         space, finished = (look, images) if look else (lambda x: x.flatten(1), trajectory.latents[-1])
         with guards.together(f"iteration {step + 1}"):
-            terms = reward(images, [prompts[w].text for w in who], [prompts[w].metadata for w in who])
+            terms = reward(images, texts, [prompts[w].metadata for w in who])
             found = in_parts(measure, images) if measure else None
             seen = [in_parts(lambda x: space(model.decode(x) if look else x), state) for state in states] + [in_parts(space, finished)]
         found = runtime.gather(found, P * N).reshape(P, N, -1) if measure else None
@@ -237,25 +237,25 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
 # The loop.
 
 def open_all(args, prompts, judged, device):
-    """-> model, what learns {name: parameter}, embeddings of the prompts and of the empty one, reward, the space of --diversity_features; and
+    """-> model, what learns {name: parameter}, embedding of the empty prompt, reward, the space of --diversity_features; and
     for the reward fid or kid its reference, features and target (else None). Exits with code 2 where a file turns out not to be what it should."""
     with runtime.refusing():
         model = models.load(args.model, device, args.precision, args.checkpointing, args.decode_batch, args.compile)
         model.forget_text_encoders([p.text for p in prompts + judged] + [""])
-        table, null = model.encode([p.text for p in prompts]), model.encode([""])
         weights = add_lora(model.network, args.lora, args.lora, seed=args.seed) if args.lora else {
             n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
-        args.compile and guards.check_compiled(model, table, weights.values())
+        args.compile and guards.check_compiled(model, model.encode([prompts[0].text]), weights.values())
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
         look = None if args.diversity_features == "latents" else load_features(args.diversity_features, model.folder, device)
         blank, kind = model.decode(torch.zeros(1, *model.shape, device=device)), reward.distribution
-        return model, weights, table, null, reward, look, *(open_pool(kind, args.features, args.target, model.folder, args.reference, blank) if kind else (None,) * 3)
+        opened = open_pool(kind, args.features, args.target, model.folder, args.reference, blank, args.price) if kind else (None,) * 3
+        return model, weights, model.encode([""]), reward, look, *opened
 
 
 def train(args, prompts, judged, interrupt):
     """The algorithm, and around it evaluation, log and checkpoints. Returns early, after a checkpoint, when it is asked to stop."""
     device, out = runtime.start(args.device, args.timeout), Path(args.out)
-    model, weights, table, null, reward, look, pool, measure, target = open_all(args, prompts, judged, device)
+    model, weights, null, reward, look, pool, measure, target = open_all(args, prompts, judged, device)
     policy = Policy(model.path, model.path.times(args.steps).to(device), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
     reference = model.frozen() if args.kl and not args.lora else None
     weights = {n: p for n, p in shard(model.network).items() if n in weights} if args.shard else weights
@@ -268,7 +268,7 @@ def train(args, prompts, judged, interrupt):
     if newest:
         runtime.load_checkpoint(newest, everything, optimizer)
     elif pool:
-        pool.refresh(fresh_reference(args, model, policy, table, null, measure, 0))
+        pool.refresh(fresh_reference(args, model, policy, prompts, null, measure, 0))
     log = runtime.Log(out, vars(args), state["lines"])
     name = "reward" if args.features == "evaluator" and pool else "evaluator"                 # who judges is not who rewards
     judge = evaluation.Judge(model.folder, name, device) if (model.folder / name).is_dir() else None
@@ -283,7 +283,7 @@ def train(args, prompts, judged, interrupt):
     for step in bar:
         began, oldest = time.time(), step * args.prompts_per_step * args.group_size
         # ------------------------------------------------ SAMPLE
-        trajectory, terms, found, potential, closest = sample_groups(args, model, policy, table, null, reward, measure, look, prompts, step)
+        trajectory, terms, found, potential, closest = sample_groups(args, model, policy, prompts, null, reward, measure, look, step)
         sampled = time.time()
         # ------------------------------------------------ CREDIT
         if pool:
@@ -291,7 +291,7 @@ def train(args, prompts, judged, interrupt):
         index, advantage = credit(args, reward.weights, terms, potential, closest)
         # ------------------------------------------------ TRAIN
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup), (args.iterations - step) / max(1, args.decay * args.iterations))
+            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         row = update(args, model, reference, policy, null, optimizer, weights, trajectory, index, advantage, step)
         for key, tensors in averages.items():
             decay = args.ema if key == "ema" else power_decay(step + 1, key)
@@ -301,7 +301,7 @@ def train(args, prompts, judged, interrupt):
             pool.replace((oldest + torch.arange(found[..., 0].numel(), device=device)) % args.reference, found.flatten(0, 1))
             row["reference"] = pool.value()
             if args.refresh and (step + 1) % args.refresh == 0:
-                row["drift"] = pool.refresh(fresh_reference(args, model, policy, table, null, measure, step + 1))
+                row["drift"] = pool.refresh(fresh_reference(args, model, policy, prompts, null, measure, step + 1))
         # ------------------------------------------------ LOG
         total = sum(weight * terms[name] for name, weight in reward.weights.items())          # [P, N]
         row |= {"reward": total.mean().item(), **{"reward/" + name: value.mean().item() for name, value in terms.items()}}

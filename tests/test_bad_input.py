@@ -5,6 +5,8 @@ import shutil
 import pytest
 import torch
 
+import checks
+import merge
 import models
 import train
 from conftest import contents, launch, launch_process, small
@@ -29,8 +31,14 @@ FLAGS = [*zip(NAMED, NAMED)] + [  # flags, what the line must name
     ("--reward fid --target {tmp}/none.npz", "{tmp}/none.npz"), ("--reward fid --target {tmp}/none", "{tmp}/none"),
     ("--drift off --select all --diversity 0.3", "--diversity 0.3: --drift off"), ("--drift off --select spread", "--select spread: --drift off"),
     ("--target {tmp}", "--target {tmp}: means nothing where --reward, class:1,"), ("--refresh 3", "--refresh 3: means nothing"),
-    ("--features evaluator", "--features evaluator: means nothing"), ("--price exact", "--price exact: means nothing"),
+    ("--reference 24", "--reference 24: means nothing where --reward"), ("--features evaluator", "--features evaluator: means nothing"), ("--price exact", "--price exact: means nothing"),
     ("--reward fid --replace 2", "--replace 2: means nothing with --price potential"), ("--lora 4 --train all", "--train all: a LoRA"),
+    ("--reward fid --price quadratic --reference 191", "--price quadratic: --reference 191 is less than three times the 64 features"),
+    ("--prompt_noise 0 --tau1 0.5", "--tau1 0.5: means nothing where --prompt_noise is 0"), ("--prompt_noise 0 --tau2 1", "--tau2 1.0: means nothing"),
+    ("--drift off --select all --keep 4 --psi 0.5", "--psi 0.5: means nothing where --prompt_noise is 0, as --drift off sets it"),
+    ("--diversity 0 --gamma 0.9", "--gamma 0.9: means nothing where --diversity is 0"), ("--diversity 0 --terminal zero", "--terminal zero: means nothing"),
+    ("--drift off --select all --keep 4 --no-success", "--no-success: means nothing where --diversity is 0, as --drift off sets it"),
+    (f"--seed {2**63} --lora 2", f"--seed {2**63}: must be"), (f"--eval_seed {2**63}", f"--eval_seed {2**63}: must be"),
     ("--reward kid", "kid needs"), ("--reward fid --reference 7", "--reference 7"), ("--reward fid --replace 3", "--replace 3"), ("--reward fid --features json:loads", "--target"), ("--reward fid --target {tmp}", "{tmp}"),
     ("--model {tmp}/nowhere", "{tmp}/nowhere"), ("--model {tmp}", "model_index.json"),
     ("--prompts {tmp}/none.jsonl", "{tmp}/none.jsonl"), ("--prompts {tmp}", "{tmp}"),
@@ -174,6 +182,42 @@ def test_a_run_folder_below_a_file(tiny, tmp_path, refused):
 
 def test_a_run_folder_with_too_long_a_name(tiny, tmp_path, refused):
     refused(small(tiny, tmp_path / ("x" * 300)), "--out")
+
+
+@pytest.mark.parametrize("out", ["model/run", "model/reward/run", "model/../model/run", "link/run"])
+def test_a_run_folder_within_the_base(tiny, tmp_path, refused, out):
+    """The finished model holds a copy of the base, and so would hold itself."""
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    refused(small(tmp_path / "model", tmp_path / out), f"--out {tmp_path / out}: lies in {tmp_path / 'model'}, which is copied")
+
+
+def test_a_merge_within_its_base(tiny, tmp_path, capfd):
+    shutil.copytree(tiny, tmp_path / "model")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        merge.main(["average", str(tmp_path / "model"), "--out", str(tmp_path / "model" / "merged")])
+    assert stop.value.code == 2 and contents(tmp_path) == before
+    assert "merged: lies in" in capfd.readouterr().err
+
+
+def test_beside_the_file_of_a_network_a_run_may_lie_but_not_within_what_is_copied(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checks.check_out("runs/default", "sit:net.safetensors")              # as the presets of the README do
+    with pytest.raises(ValueError, match="--out vae/run: lies in vae, which is copied"):
+        checks.check_out("vae/run", "sit:net.safetensors")
+
+
+@pytest.mark.parametrize("limits, flags", [(checks.LIMITS, ("seed", "eval_seed")), (checks.MERGE_LIMITS, ("seed", "report_seed")), (checks.EVAL_LIMITS, ("seed",))])
+def test_a_seed_is_one_that_torch_takes(limits, flags):
+    for flag in flags:
+        assert torch.Generator().manual_seed(limits[flag][1])
+        with pytest.raises((RuntimeError, ValueError, OverflowError)):
+            torch.Generator().manual_seed(2 * limits[flag][1] + 2)
+
+
+def test_a_number_that_no_float_holds(tiny, tmp_path, refused):
+    refused(small(tiny, tmp_path / "run", "--seed", 10**400), "--seed 1000", "must be a finite number")
 
 
 def test_many_flags_still_give_a_run_folder(tiny, tmp_path, monkeypatch, capfd):

@@ -79,7 +79,7 @@ def test_with_the_judge_s_own_features_the_other_classifier_judges(tiny, tmp_pat
 
 @pytest.mark.parametrize("flags", [
     "--drift off --select all --prompt_noise 0 --diversity 0", "--select spread", "--gardo", "--kl 0.1", "--ema 0.5 --train all", "--diversity_features latents --no-success",
-    "--reward fid:1,class:0.5", "--reward class:1,fid:0.5 --price quadratic --replace 1", "--std none", "--refresh 1", "--guidance 2",
+    "--reward fid:1,class:0.5", "--reward class:1,fid:0.5 --price quadratic --replace 1 --reference 192", "--std none", "--refresh 1", "--guidance 2",
     "--precision bfloat16", "--batch 3", "--passes 2 --updates 1", "--kernel flow-grpo"])
 def test_it_works_with_every_other_mechanism(tiny, tmp_path, flags):
     launch(small(tiny, tmp_path / "run", *FID, "--prompt_noise", 0.25, "--diversity", 0.3, *flags.split()))

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, launch_process, small
 from dist_reward import frechet_distance, moments
-from features import check_features, check_target, corner_bilinear, load_features, load_target, target_path
+from features import check_features, check_target, corner_bilinear, load_features, load_target, open_pool, target_path
 from rewards import load_classifier
 
 TINY = ROOT / "assets" / "tiny"
@@ -93,8 +93,9 @@ def scripted(tmp_path_factory):
 def test_inception_is_found_in_its_file_and_not_read_before(scripted, tmp_path):
     assert check_features(scripted["bytes"], "") == check_features(scripted["floats"], "") == 2048
     with zipfile.ZipFile(tmp_path / "empty.pt", "w") as file:
-        file.writestr("nothing", "")
+        file.writestr("empty/constants.pkl", "")
     assert check_features(f"inception:{tmp_path / 'empty.pt'}", "") == 2048
+    refused(lambda: load_features(f"inception:{tmp_path / 'empty.pt'}", ""), f"inception:{tmp_path / 'empty.pt'}", "cannot be loaded")
 
 
 def test_a_network_of_bytes_is_given_the_nearest_bytes(scripted):
@@ -262,6 +263,15 @@ def test_a_vision_network_without_all_its_weights_is_refused(hub, tmp_path):
         load_features(f"clip:{tmp_path}", "")
 
 
+@pytest.mark.parametrize("weights", [None, b"", b"text"])
+@pytest.mark.parametrize("kind, name", [("dinov2", "dinov2"), ("clip", "clip_vision")])
+def test_a_vision_network_whose_weights_cannot_be_read_is_refused(tmp_path, kind, name, weights):
+    configs()[name].save_pretrained(tmp_path)
+    if weights is not None:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+    refused(lambda: load_features(f"{kind}:{tmp_path}", ""), f"{kind}:{tmp_path}: these features cannot be loaded")
+
+
 @pytest.mark.parametrize("kind", ["dinov2", "clip"])
 def test_code_beside_a_config_is_not_offered_to_run(tmp_path, monkeypatch, kind):
     asked = []
@@ -314,7 +324,7 @@ def test_a_function_that_returns_something_else(own, name, naming):
 # --features that cannot be.
 
 @pytest.mark.parametrize("spec", [
-    "", "nothing", "Reward", "evaluator:", "inception", "inception:", "inception:{tmp}", "inception:{tmp}/none.pt", "inception:{tmp}/text.pt",
+    "", "nothing", "Reward", "evaluator:", "inception", "inception:", "inception:{tmp}", "inception:{tmp}/none.pt", "inception:{tmp}/text.pt", "inception:{tmp}/tensors.pt",
     "dinov2:{tmp}/none", "clip:{tmp}/none", "dinov2:nobody/no-such-model", "clip:nobody/no-such-model", "clip:a b", "dinov2:{tmp}/bare",
     "clip:{tmp}/bare", "dinov2:{tmp}/cut", "clip:{tmp}/cut", "dinov2:{tmp}/list", "dinov2:{tmp}/strange", "dinov2:{tmp}/untyped",
     "no_such_module:f", "no_such.module:f", "json:no_such_function", "json:", "own_features:missing", ":f", ".json:f",
@@ -322,6 +332,7 @@ def test_a_function_that_returns_something_else(own, name, naming):
     "dinov2:{tmp}/bert", "dinov2:{tmp}/three"])
 def test_features_that_cannot_be_loaded(own, tmp_path, spec):
     (tmp_path / "text.pt").write_text("no zip")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "tensors.pt")       # a zip too
     (tmp_path / "bare").mkdir()
     for name, text in {"cut": '{"model_type": "dino', "list": "[]", "strange": '{"model_type": "strange"}', "untyped": '{"hidden_size": 32}',
                        "word": '{"model_type": "dinov2", "hidden_size": "large"}', "bert": '{"model_type": "bert"}', "three": "3"}.items():
@@ -610,6 +621,16 @@ def test_a_target_that_does_not_fit_a_function_of_ones_own(tmp_path, write, name
     refused(lambda: load_target(tmp_path / name, five, BLANK), tmp_path / name, naming)
 
 
+def test_too_few_members_for_the_quadratic_price_of_a_function_of_ones_own(own, tmp_path):
+    """Below three times the features its second order has the wrong sign; only now is it known how many there are."""
+    moments_file(mu=np.zeros(5), sigma=covariance(5))(tmp_path / "t.npz")
+    pool = lambda members, *price: open_pool("fid", "own_features:right", str(tmp_path / "t.npz"), "", members, BLANK, *price)
+    refused(lambda: pool(14, "quadratic"), "--price quadratic", "--reference 14", "5 features", "--price exact", "--price potential", "--reference 15")
+    assert len(pool(15, "quadratic")[0].features) == 15 and pool(4) and pool(4, "potential")
+    pictures(8)(tmp_path / "real")
+    assert open_pool("kid", "own_features:right", str(tmp_path / "real"), "", 4, BLANK, "quadratic")             # there it is exact
+
+
 SHARED = """
 import sys
 from pathlib import Path
@@ -643,3 +664,15 @@ def test_the_same_bits_for_any_number_of_processes(tmp_path, processes):
         with np.load(tmp_path / f"out-{rank}.npz") as file:
             for name, one in (("mu", mu), ("sigma", sigma), ("features", features)):
                 assert file[name].tobytes() == one.numpy().tobytes(), (rank, name)
+
+
+def test_a_picture_that_one_process_alone_reads_and_cannot_is_named_once(tmp_path):
+    (tmp_path / "t").mkdir()
+    for i, array in enumerate(pixels(150, 28, 28)):
+        Image.fromarray(array).save(tmp_path / "t" / f"{i:03}.png")
+    damaged = tmp_path / "t" / "140.png"                                 # of the second process
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    argv = small(TINY, tmp_path / "run", "--reward", "class:1,fid:0.3", "--target", tmp_path / "t", "--reference", 20)
+    code, _, error = launch_process(argv, processes=2)
+    assert code != 0 and not (tmp_path / "run").exists()
+    assert error.count(f"error: {damaged}: not a picture") == 1 and "Connection closed" not in error

@@ -436,6 +436,20 @@ def test_a_part_that_was_never_fetched_is_not_named_when_saved(names, tmp_path):
     diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", requires_safety_checker=False)
 
 
+def test_links_to_nowhere_and_whole_models_in_one_file_are_not_copied(names, tmp_path):
+    shutil.copytree(names["sd1"], tmp_path / "m")
+    shutil.copytree(Path(names["sit"].removeprefix("sit:")).parent, tmp_path / "s")
+    for file in (tmp_path / "m" / "v1-5-pruned.safetensors", tmp_path / "m" / "v1-5-pruned.bin"):
+        file.write_bytes(b"gigabytes")
+    for link in (tmp_path / "m" / "lost.json", tmp_path / "m" / "vae" / "lost.json", tmp_path / "s" / "vae" / "lost.json"):
+        link.symlink_to(tmp_path / "nowhere")
+    before = {path.relative_to(tmp_path / "m") for path in (tmp_path / "m").rglob("*") if path.is_file()}
+    models.load(tmp_path / "m").save(tmp_path / "saved"), models.load(f"sit:{tmp_path / 's' / 'net.safetensors'}").save(tmp_path / "own")
+    assert {path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*") if path.is_file()} == {
+        path for path in before if not path.name.startswith("v1-5")}
+    assert models.load(tmp_path / "saved") and models.load(tmp_path / "own")
+
+
 class Crossings(TorchDispatchMode):
     """Collects the operations that copy from one device to another: a GPU stops for each, and for each number that is asked of it."""
 
@@ -561,6 +575,21 @@ def test_pictures_are_decoded_a_few_at_a_time(names, family, monkeypatch):
     pictures = model.decode(x)
     assert seen == [2, 2, 1] and torch.allclose(pictures[4:], model.decode(x[4:]), atol=1e-6)
     assert model.decode(x[:0]).shape == (0, 3, 16, 16)                   # a process may have none
+
+
+def test_encoders_stay_where_their_work_does_not_fit(names, monkeypatch):
+    model = models.load(names["sd3"])
+    size = sum(y.nbytes for y in model.encode([""]))
+    seen, embed = [], model.embed
+    monkeypatch.setattr(model, "embed", lambda texts: seen.append(texts) or embed(texts))
+    monkeypatch.setattr(models, "REMEMBERED", 2 * size)
+    model.forget_text_encoders([*TEXTS, ""])                             # more than two
+    seen.clear()
+    many = model.encode([TEXTS[0], TEXTS[1], TEXTS[0]])
+    assert model.encoders and not model.known and seen == [TEXTS[:2]]    # each text once
+    assert all(torch.equal(y[0], y[2]) and not torch.equal(y[0], y[1]) for y in many)
+    model.forget_text_encoders(TEXTS[:2])
+    assert not model.encoders and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(many, model.encode([TEXTS[0], TEXTS[1], TEXTS[0]])))
 
 
 def test_text_encoders_can_be_forgotten(names):
@@ -700,6 +729,17 @@ def refused(name, *naming):
             assert word in line, line
 
 
+def test_the_default_base_is_found_from_anywhere_and_asked_of_nobody(tiny, tmp_path, monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **more: pytest.fail(f"{repo} was asked for"))
+    monkeypatch.chdir(tmp_path)
+    assert models.check("assets/tiny") == ROOT / "assets" / "tiny" and models.network_files("assets/tiny")[0].is_file()
+    monkeypatch.setattr(model_files, "__file__", str(tmp_path / "elsewhere" / "model_files.py"))
+    refused("assets/tiny", "no such folder")
+    shutil.copytree(tiny, "assets/tiny")
+    assert models.check("assets/tiny") == Path("assets/tiny")            # one's own comes first
+
+
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused("someone/no-such-model", "hub id")                           # offline, as all tests are
@@ -736,6 +776,10 @@ def to_pickle(part):
 
 
 BAD = [  # family, what becomes of the folder, what the line must name
+    ("sd1", drop("tokenizer/tokenizer_config.json"), ("tokenizer/tokenizer_config.json is missing",)),
+    ("sd1", rewrite("tokenizer/tokenizer_config.json", model_max_length=None), ("model_max_length None",)),
+    ("sd3", rewrite("tokenizer/tokenizer_config.json", model_max_length=10**30), ("model_max_length 1000",)),
+    ("sd3", put("tokenizer_2/tokenizer.json", "{not"), ("tokenizer.json in tokenizer_2 is not JSON",)),
     ("sd1", rewrite("model_index.json", _class_name="StableDiffusionXLPipeline"), ("StableDiffusionXLPipeline", "known here")),
     ("sd1", rewrite("model_index.json", _class_name=["a"]), ("known here",)), ("sd1", put("model_index.json", "[1]"), ("model_index.json",)),
     ("sd1", drop("vae"), ("vae/config.json",)), ("sd1", drop("unet"), ("unet/config.json",)), ("sd1", drop("scheduler"), ("scheduler",)),
@@ -778,6 +822,16 @@ def test_bad_files_are_named_in_one_line(names, tmp_path, case):
     shutil.copytree(folder, tmp_path / "m")
     spoil(tmp_path / "m")
     refused(f"{family}:{tmp_path / 'm' / 'net.safetensors'}" if family in ("sit", "edm2") else str(tmp_path / "m"), *naming)
+
+
+@pytest.mark.parametrize("family, part", [("sd1", "tokenizer"), ("sd3", "tokenizer_3")])
+def test_a_tokenizer_that_its_library_cannot_read_is_named(names, tmp_path, family, part):
+    shutil.copytree(names[family], tmp_path / "m")
+    put(f"{part}/tokenizer.json", '{"model": 3}')(tmp_path / "m")
+    models.check(tmp_path / "m")                                         # which knows no tokenizers
+    with pytest.raises(ValueError, match=f"--model {tmp_path / 'm'}: {part} is not the ") as error:
+        models.load(tmp_path / "m")
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_network_of_another_family_is_refused(names, tmp_path):

@@ -476,6 +476,9 @@ def test_a_clip_without_all_of_its_weights_is_refused(published, tmp_path):
     del weights["text_projection.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     refused(lambda: rewards.Reward(f"clip:{folder}", TINY), folder, "text_projection.weight")
+    for spoil in (lambda path: path.write_bytes(b"{"), lambda path: path.unlink()):             # each makes transformers raise another error
+        spoil(folder / "model.safetensors")
+        refused(lambda: rewards.Reward(f"clip:{folder}", TINY), f"{folder}: this CLIP cannot be loaded")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

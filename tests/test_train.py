@@ -199,6 +199,13 @@ def test_the_ratio_is_one_before_the_first_update(tiny, tmp_path, monkeypatch, f
     assert [row["ratio_error"] for row in returned] == [0.0] * 3
 
 
+def test_a_run_is_the_same_whether_prompts_are_encoded_once_or_each_time(tiny, tmp_path, monkeypatch):
+    launch(small(tiny, tmp_path / "once", "--prompt_noise", 0.5))
+    monkeypatch.setattr(models, "REMEMBERED", 0)
+    launch(small(tiny, tmp_path / "anew", "--prompt_noise", 0.5))
+    assert_close_rows(read_metrics(tmp_path / "once"), read_metrics(tmp_path / "anew"))
+
+
 @pytest.mark.parametrize("batch", [1, 3, 5])
 def test_the_ratio_stays_one_to_rounding_in_smaller_batches(tiny, tmp_path, monkeypatch, batch):
     returned = spy(monkeypatch, "update")
@@ -248,7 +255,8 @@ def test_drift_off_is_plain_grpo(tiny, tmp_path):
 BASE = ("--drift on --select window --prompt_noise 0.25 --tau1 0.6 --tau2 1.2 --psi 1 --diversity 0.3 --diversity_features reward "
         "--metric cosine --success --gamma 1 --terminal keep --kl 0 --no-gardo --std group --train attention --clip 0.4 --grad_clip 1 "
         "--passes 1 --ema 0 --kernel cps --eta 0.8 --guidance 1 --reward class:1 --seed 0 --eval_seed 0 --batch 160 --precision float32 "
-        "--keep_checkpoints 2 --features reward --price potential --replace 0 --reference 24 --refresh 0").split()
+        "--keep_checkpoints 2 --features reward --price potential --replace 0 --refresh 0").split()
+FID = "--reward fid --reference 24"
 FLAGS = [
     ("model", "{tiny}", "{other}", "rollouts", "--prompts {tiny}/prompts.jsonl"),
     ("prompts", "{tiny}/prompts.jsonl", "{one}", "rollouts", ""),
@@ -257,9 +265,9 @@ FLAGS = [
     ("dry_run", False, True, "nothing", ""), ("prompts_per_step", 2, 4, "rollouts", ""), ("group_size", 4, 5, "rollouts", ""),
     ("steps", 4, 5, "rollouts", ""), ("window", "0:2", "1:3", "rollouts", ""), ("kernel", "cps", "ancestral", "rollouts", ""),
     ("eta", 0.8, 0.5, "rollouts", ""), ("guidance", 1, 2, "rollouts", ""),
-    ("features", "reward", "evaluator", "rollouts", "--reward fid"), ("target", "{tiny}/reward/real.npz", "{target}", "rollouts", "--reward fid"),
-    ("price", "exact", "quadratic", "rollouts", "--reward fid"), ("replace", 2, 1, "rollouts", "--reward fid --price exact"),
-    ("reference", 24, 16, "rollouts", "--reward fid"), ("refresh", 0, 1, "update", "--reward fid"),
+    ("features", "reward", "evaluator", "rollouts", FID), ("target", "{tiny}/reward/real.npz", "{target}", "rollouts", FID),
+    ("price", "exact", "quadratic", "rollouts", "--reward fid --reference 192"), ("replace", 2, 1, "rollouts", f"{FID} --price exact"),
+    ("reference", 24, 16, "rollouts", "--reward fid"), ("refresh", 0, 1, "update", FID),
     ("select", "window", "spread", "update", ""),
     ("keep", 3, 2, "update", ""), ("prompt_noise", 0.25, 0.5, "rollouts", ""), ("tau1", 0.6, 0.8, "rollouts", ""),
     ("tau2", 1.2, 1.0, "rollouts", ""), ("psi", 1, 0.5, "rollouts", ""), ("diversity", 0.3, 0, "update", ""),
@@ -267,7 +275,7 @@ FLAGS = [
     ("nearest", 2, 1, "update", ""), ("success", True, False, "update", ""), ("gamma", 1, 0.5, "update", ""),
     ("terminal", "keep", "zero", "update", ""), ("kl", 0, 1, "update", ""), ("gardo", False, True, "update", ""),
     ("std", "group", "batch", "update", ""), ("train", "attention", "all", "update", ""), ("lora", 0, 2, "update", ""), ("lr", 0.001, 0.002, "update", ""),
-    ("warmup", 0, 4, "update", ""), ("decay", 0, 1, "update", ""), ("updates", 2, 1, "update", ""), ("passes", 1, 2, "update", ""), ("clip", 0.4, 1e-5, "update", ""),
+    ("warmup", 0, 4, "update", ""), ("updates", 2, 1, "update", ""), ("passes", 1, 2, "update", ""), ("clip", 0.4, 1e-5, "update", ""),
     ("grad_clip", 1, 1e-6, "update", ""), ("ema", 0, 0.5, "judgement", ""),
     ("eval_prompts", "{tiny}/eval_prompts.jsonl", "{one}", "judgement", ""), ("eval_every", 1, 2, "judgement", ""),
     ("eval_images", 20, 40, "judgement", ""), ("eval_steps", 2, 3, "judgement", ""), ("eval_seed", 0, 1, "judgement", ""),
