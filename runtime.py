@@ -43,9 +43,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 def parse_args(cls, description, argv=None):
     """A dataclass as a command line: each field's name, type and default, and its trailing comment as help. Bad flags exit with 2."""
-    source = inspect.getsource(cls)
+    source, section, sections = inspect.getsource(cls), None, {}
     comments = dict(re.findall(r"^ +(\w+) *:.*?# *(.+)$", source, re.M))
-    section, sections = None, {}
     for line in source.splitlines():
         if title := re.match(r" +# (.+)$", line):
             section = title[1]
@@ -206,10 +205,12 @@ def peak_memory(device):
 # Files.
 
 def write_atomic(path, write):
-    """write(temporary path), flush it to disk, rename it to path. For a file or a folder; only whole results are ever seen at path."""
-    path = Path(path)
-    temporary = path.with_name(".tmp-" + path.name)
-    shutil.rmtree(temporary, ignore_errors=True)
+    """write(temporary path), flush it to disk, rename it to path, a file or a folder: only whole results are ever seen there. What a kill leaves,
+    safetensors' own temporary files too, lies in the folder .tmp-NAME, where the next one finds it."""
+    scratch = (path := Path(path)).with_name(".tmp-" + Path(path).name)
+    temporary = scratch / scratch.name
+    scratch.unlink() if scratch.is_file() else shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     try:
         write(temporary)
     except (SafetensorError, RuntimeError) as error:                     # what safetensors and torch.save make of a full disk
@@ -219,7 +220,7 @@ def write_atomic(path, write):
         os.fsync(handle), os.close(handle)
     if path.is_dir():
         shutil.rmtree(path)
-    os.replace(temporary, path)
+    os.replace(temporary, path), scratch.rmdir()
     handle = os.open(path.parent, os.O_RDONLY)                           # the new name is on disk only when its folder is
     os.fsync(handle), os.close(handle)
 

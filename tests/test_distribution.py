@@ -132,10 +132,10 @@ def test_two_processes_pay_what_one_pays(tiny, tmp_path, pictures):
     launch(small(tiny, tmp_path / "one", *flags))
     code, _, error = launch_process(small(tiny, tmp_path / "two", *flags), processes=2)
     assert code == 0, error
-    agree(tmp_path / "one", tmp_path / "two", tiny)
+    agree(tmp_path / "one", tmp_path / "two", tiny, 1e-3)                # 16 members of 64 features: a price divides by eigenvalues that are rounding
     one, two = reference(tmp_path / "one"), reference(tmp_path / "two")
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-3)
 
 
 def test_features_that_are_none_stop_the_run(tiny, tmp_path, monkeypatch):

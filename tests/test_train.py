@@ -196,7 +196,7 @@ def test_averaged_weights_are_judged_and_saved_and_the_raw_ones_go_on(tiny, tmp_
 def test_the_ratio_is_one_before_the_first_update(tiny, tmp_path, monkeypatch, flags):
     returned = spy(monkeypatch, "update")
     launch(small(tiny, tmp_path / "run", "--iterations", 3, "--prompt_noise", 0.5, "--batch", 1000, *flags.split()))
-    assert [row["ratio_error"] for row in returned] == [0.0] * 3
+    assert len(returned) == 3 and all(row["ratio_error"] <= 1e-6 for row in returned)          # on many CPUs 0; others round by the size of a batch
 
 
 def test_a_run_is_the_same_whether_prompts_are_encoded_once_or_each_time(tiny, tmp_path, monkeypatch):
@@ -592,8 +592,8 @@ def test_a_finished_run_says_so_and_is_left_alone(tiny, tmp_path, capfd):
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes. In-process runs have one thread, and so do these.
 
-def agree(one, two, base):
-    assert_close_rows(read_metrics(one), read_metrics(two))
+def agree(one, two, base, tolerance=1e-5):
+    assert_close_rows(read_metrics(one), read_metrics(two), tolerance)
     assert_close_weights(read_weights(one), read_weights(two), network(base))
     assert_close_weights(network(one / "model"), network(two / "model"), network(base))
 
