@@ -61,6 +61,13 @@ def check_finite(step, tensors, device):
             raise FloatingPointError(f"iteration {step + 1}, process {process}: {[*tensors][row.index(0)]} is not finite; stopped before the optimizer step")
 
 
+def finite(tensors):
+    """Raises FloatingPointError, on this process, for the first of {name: tensor} with a number that is none. For a block of `together`."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite")
+
+
 def check_start(out, step, device):
     """Stops every process if they would go on from different iterations `step`: hosts that do not see the same run folder `out`."""
     steps = gather(torch.tensor([step], device=device), world()).tolist()

@@ -178,12 +178,12 @@ def sample_groups(args, model, policy, prompts, null, reward, measure, look, ste
     who = draw_prompts(len(prompts), P, args.seed, step)[np.array(samples) // N]              # the prompt of each rollout
     texts = [prompts[w].text for w in who]
     trajectory = explore(args, model, policy, texts, null, samples, (ROLLOUT_STREAM, args.seed, step))
-    guards.check_finite(step, {"a latent": trajectory.latents, "a predicted picture": trajectory.x0_hats, "a log-prob": trajectory.log_probs}, model.device)
     with torch.inference_mode():
         images = model.decode(trajectory.latents[-1].to(model.device))                        # [B, 3, H, W]
         states = trajectory.x0_hats[policy.window.start:policy.window.stop] if args.diversity else ()         # [W, B, ...]; looked at if paid for
         space, finished = (look, images) if look else (lambda x: x.flatten(1), trajectory.latents[-1])
         with guards.together(f"iteration {step + 1}"):
+            guards.finite({"a latent": trajectory.latents, "a predicted picture": trajectory.x0_hats, "a log-prob": trajectory.log_probs})
             terms = reward(images, texts, [prompts[w].metadata for w in who])
             found = in_parts(measure, images) if measure else None
             seen = [in_parts(lambda x: space(model.decode(x) if look else x), state) for state in states] + [in_parts(space, finished)]

@@ -154,6 +154,13 @@ every_reward = pytest.mark.parametrize("name", [*LOOKING, "words", "label"])
 L14, PICK = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
 
 
+
+def test_halving_is_torchs_pooling_bit_for_bit():
+    for shape in ((3, 2, 28, 28), (3, 2, 7, 7), (1, 4, 9, 6), (0, 2, 14, 14)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(rewards.Halve()(x), torch.nn.functional.max_pool2d(x, 2) if len(x) else x[..., ::2, ::2])
+
+
 @pytest.mark.parametrize("spec, expected", [
     ("class", {"class": ("class", "", None, 1)}),
     ("class:1, ink:0.2", {"class": ("class", "", None, 1), "ink": ("ink", "", None, 0.2)}),
