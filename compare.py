@@ -231,12 +231,17 @@ def grid_files(folders, labels):
 
 
 def draw_grids(files, path):
-    """{title: PNG} -> one picture, the sheets side by side: the same place has the same prompt and noise in all."""
-    plt = pyplot()
+    """{title: PNG of a run's grids/} -> one picture, the sheets side by side, with the prompts where a row is high enough for one: the same place
+    has the same prompt and noise in all."""
+    plt, prompts = pyplot(), said(read_config(Path(next(iter(files.values()))).parent.parent), "eval_prompts")
     figure, axes = plt.subplots(1, len(files), figsize=(5 * len(files), 5.3), squeeze=False)
     for axis, (title, file) in zip(axes[0], files.items()):
         axis.imshow(plt.imread(file), interpolation="nearest")
         axis.set_title(title), axis.axis("off")
+    if isinstance(prompts, list) and len(prompts) <= 30:                 # else their file has moved, or there is no room
+        high, wide = plt.imread(file).shape[:2]
+        for row, prompt in enumerate(prompts):
+            axes[0, 0].text(-0.01 * wide, (row + 0.5) * high / len(prompts), prompt.text[:40], ha="right", va="center", fontsize=min(8, 240 / len(prompts)))
     figure.tight_layout()
     runtime.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
     plt.close(figure)

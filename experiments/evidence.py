@@ -99,7 +99,7 @@ def draw_grids(out, path, seed=0):
     sheets = {name: sorted((out / f"{name}-{seed}" / "grids").glob("*.png")) for name in ("plain GRPO", "DRIFT (ii) and (iii), the default", "both lines")}
     if all(sheets.values()):
         plain, drift, both = sheets.values()
-        compare.draw_grids({"base model": plain[0], "plain GRPO": plain[-1], "DRIFT": drift[-1], "both lines": both[-1]}, path)
+        compare.draw_grids({"base model": plain[0], "plain GRPO": plain[-1], "DRIFT (ii) and (iii)": drift[-1], "both lines": both[-1]}, path)
 
 
 def main():

@@ -146,3 +146,13 @@ def test_an_experiment_of_the_readme_has_its_flags(line):
     script, *argv = shlex.split(line.split(" && ")[-1])[1:]
     helped = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
     assert all(word in helped for word in argv if word.startswith("--"))
+
+
+def test_the_examples_of_a_reward_and_of_a_mechanism_fit_the_code():
+    """The reward is one, and the lines beside which the mechanism is to be written stand in train.py, once."""
+    readme, found = (ROOT / "README.md").read_text(encoding="utf-8"), {}
+    exec(re.search(r"^```python\n(.*?)^```", readme, re.S | re.M)[1], found)
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found["darkness"](images, ["a coat"] * 3, [{}] * 3), 1 - images.flatten(1).mean(1))
+    places = [line[1:] for block in re.findall(r"^```diff\n(.*?)^```", readme, re.S | re.M) for line in block.splitlines() if line.startswith(" ")]
+    assert len(places) == 2 and all((ROOT / "train.py").read_text(encoding="utf-8").splitlines().count(line) == 1 for line in places)
