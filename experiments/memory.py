@@ -12,8 +12,9 @@ temporaries, recomputation (--checkpointing), gradients. Micro-batches of severa
 The size of a group is no matter of these, since micro-batches sum their gradients. What a rollout adds waits for the update:
     trajectory  T + 1 latents and T predictions, float32; with --offload they wait in the memory of the CPU
     condition   its prompt's embeddings and their noise        picture   decoded, for the rewards        decode   of one picture more in --decode_batch
-Left out: the CUDA context and the allocator's fragments (`RESERVE` stands for both), text encoders (dropped before training), reward and feature
-networks, guides, workspaces of convolutions, and what --ema and --kl without --lora add (what learns, and the network, once more).
+Left out: the CUDA context and the allocator's fragments (`RESERVE` stands for both), text encoders (dropped before training, unless what they make
+of the prompts is more than 8 GB), reward and feature networks, guides, workspaces of convolutions, and what --ema and --kl without --lora add (what
+learns, and the network, once more).
 The attention kernel counted is one that keeps no matrix of pixels by pixels, except EDM2's, which is spelled out. Nothing here was measured on a GPU.
 """
 import sys
