@@ -569,3 +569,16 @@ def test_the_quadratic_price_of_many_features_is_in_float32_and_still_true():
         cross = (E.diagonal() / (2 * root)).sum() - (E**2 / (root[:, None] * root * (root[:, None] + root))).sum() / 4
         expected = -(moved.square().sum() - shift.square().sum() + (after - sigma).trace() - 2 * cross)
         assert price.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["exact", "quadratic", "potential"])
+def test_a_reference_of_equal_members_has_prices(how):
+    """Its covariance is nothing; the exact price is still the change of the distance, and none is no number."""
+    generator = torch.Generator().manual_seed(0)
+    pool, new = SubsetReplace(torch.ones(100, 4), torch.zeros(4), torch.eye(4)), torch.randn(2, 3, 4, generator=generator)
+    price = pool.price(new, torch.arange(3), how)
+    assert price.isfinite().all()
+    if how == "exact":
+        before, members = pool.fid(), torch.ones(2, 100, 4).index_copy(1, torch.arange(3), new)
+        after = [frechet_distance(*moments(m), torch.zeros(4), torch.eye(4)) for m in members]
+        assert price.tolist() == pytest.approx([before - a for a in after], rel=1e-5)
