@@ -7,7 +7,6 @@ A plain FID of K pictures is swamped by its bias at small K; here M stays, so th
 What pictures are measured by (--features) and against (--target) is in features.py.
 """
 import math
-
 import torch
 
 DAMPING = 1e-6                                                           # floor of an eigenvalue, of the largest, where it divides

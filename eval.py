@@ -17,28 +17,28 @@ Left out here: metrics that need another network than the features, and file for
 import dataclasses
 import json
 import math
-import zipfile
-import zlib
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
 import numpy as np
 import torch
+from dataclasses import dataclass
+from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-
-import compare
-import guards
-import metrics
+from typing import Literal
+from commands import compare
 import rewards
-import runtime
+from rewards import classifier
+from rewards import metrics
+from support import files
+from support import flags
+from support import guards
+from support import processes
+from commands.picture_sets import generate, make_images
 from dist_reward import frechet_distance, moments
-from features import TINY, check_npz, load_features, load_target, target_path
-from metrics import mean_distance, smallest_distance, vendi_score
-from picture_sets import generate, make_images, pictures  # noqa: F401: part of what this module offers
-from runtime import gather, share
+from rewards.features import TINY, load_features
+from rewards.metrics import mean_distance, smallest_distance, vendi_score
+from rewards.targets import load_target, target_path
 from shaping import group_diversity
+from support.processes import gather, share
 
 MOST, MOST_REAL = 1000, 10000                                            # pictures of which ..._set is taken; real pictures of which KID is
 
@@ -67,30 +67,17 @@ class Args:
     labels: str = ""                                # one a run; equal labels are seeds of one method (default: the folder's name without -NUMBER)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What training evaluates by.
-
-def check_real(path):
-    """Raises ValueError, in one line, if the moments of the real pictures cannot be read."""
-    try:
-        check_npz(path, "mu", "sigma", "scale")
-    except KeyError:
-        raise ValueError(f"{path}: lacks mu, sigma or scale") from None
-    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an npz file of numbers ({error})") from None
-
-
 class Judge:
     """A classifier that a run is judged by, and the moments of the real pictures in its features: a folder as assets/tiny/evaluator."""
 
     def __init__(self, model_folder, name, device="cpu", real="real.npz"):
-        self.network, self.real = rewards.load_classifier(Path(model_folder) / name, device), np.load(Path(model_folder) / name / real)
+        self.network, self.real = classifier.load_classifier(Path(model_folder) / name, device), np.load(Path(model_folder) / name / real)
 
 
 def alignment(logits, labels):
     """Logits [B, 10] of the evaluator, labels [B] -> {name: [B]}."""
     log_p = logits.log_softmax(1)
-    return {"accuracy": (log_p.argmax(1) == labels).double(), "log_prob": log_p.gather(1, labels[:, None])[:, 0].clamp(min=rewards.FLOOR).double()}
+    return {"accuracy": (log_p.argmax(1) == labels).double(), "log_prob": log_p.gather(1, labels[:, None])[:, 0].clamp(min=classifier.FLOOR).double()}
 
 
 @torch.inference_mode()
@@ -122,8 +109,8 @@ def score_without_judge(images, prompts, reward, look, batch):
 def evaluate(args, model, judged, judge, reward, look, measure, target, iteration):
     """What train.py logs: pictures at held-out seeds, the same ones every time -> {"eval/...": number}, and grids/NNNNN.png."""
     images = generate(model, judged, args.eval_images // len(judged), args.eval_steps, args.guidance, args.eval_seed, args.batch)
-    if runtime.rank() == 0:
-        runtime.save_grid(Path(args.out) / "grids" / f"{iteration:05d}.png", images.reshape(len(judged), -1, *images.shape[1:])[:, :10])
+    if processes.rank() == 0:
+        files.save_grid(Path(args.out) / "grids" / f"{iteration:05d}.png", images.reshape(len(judged), -1, *images.shape[1:])[:, :10])
     if judge:
         scores = score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
     else:
@@ -134,13 +121,10 @@ def evaluate(args, model, judged, judge, reward, look, measure, target, iteratio
     return {"eval/" + name: value for name, value in scores.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command score: pictures as bytes, so that a model, its folder of PNG and its npz give the same numbers.
-
 def open_networks(args, folder, labelled, device):
     """-> see: pictures [B, 3, H, W] and their B prompts (or None) -> {"features": [B, D]} and, if there are prompts, the alignments [B]."""
     network = load_features(args.features, folder, device)
-    evaluator = rewards.load_classifier(folder / "evaluator", device) if labelled and (folder / "evaluator").is_dir() else None
+    evaluator = classifier.load_classifier(folder / "evaluator", device) if labelled and (folder / "evaluator").is_dir() else None
     reward = rewards.Reward(args.reward, folder, device) if args.reward else None
 
     @torch.inference_mode()
@@ -158,7 +142,7 @@ def open_networks(args, folder, labelled, device):
 def look_at(chosen, see, device):
     """What the networks see in a set, each process its share -> {name: [N, ...]} on every process."""
     mine, rows, at = share(chosen.total), [], 0
-    bar = tqdm(total=len(mine), disable=runtime.rank() > 0, desc=chosen.name[-30:], unit="")
+    bar = tqdm(total=len(mine), disable=processes.rank() > 0, desc=chosen.name[-30:], unit="")
     for images in chosen.read(mine, device):
         numbers = mine[at:at + len(images)]
         rows.append(see(images, [chosen.prompts[i * len(chosen.prompts) // chosen.total] for i in numbers] if chosen.prompts else None))
@@ -202,9 +186,9 @@ def estimates(args, found, P, scale, target):
 
 def score_sets(args, folder, sets):
     """Prints the table of one set, or of two and their difference; --out writes the numbers."""
-    device, prompts = runtime.start(args.device), sets[0].prompts if all(s.prompts for s in sets) else None
+    device, prompts = processes.start(args.device), sets[0].prompts if all(s.prompts for s in sets) else None
     sets = [dataclasses.replace(s, prompts=prompts) for s in sets]
-    with runtime.refusing():                                             # what the files hold, and how many features there are, is known only now
+    with flags.refusing():                                             # what the files hold, and how many features there are, is known only now
         see = open_networks(args, folder, bool(prompts) and "label" in prompts[0].metadata, device)
         first, *_ = [next(iter(s.read([0], device))) for s in sets]
         target = load_target(target_path(args.target, args.features, folder), lambda images: see(images)["features"], first)
@@ -218,7 +202,7 @@ def score_sets(args, folder, sets):
     if len(sets) == 2:
         a, b = found
         columns = {f"A: {sets[0].name}": a, f"B: {sets[1].name}": b, "B - A": {name: b[name] - a[name] for name in a}}
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         report(args, sets, columns)
 
 
@@ -243,32 +227,27 @@ def report(args, sets, columns):
             title: {name: {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), row)} for name, row in found.items()}
             for title, found in numbers.items()}}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        runtime.write_atomic(args.out, lambda path: path.write_text(json.dumps(whole, indent=2) + "\n"))
+        files.write_atomic(args.out, lambda path: path.write_text(json.dumps(whole, indent=2) + "\n"))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command.
 
 @record
 def main(argv=None):
     from checks import check_eval                                        # here, for checks imports this file
-    args = runtime.parse_args(Args, __doc__, argv)
-    with runtime.refusing():
+    args = flags.parse_args(Args, __doc__, argv)
+    with flags.refusing():
         args, opened = check_eval(args, Args(args.command, args.inputs))
     with guards.writing(args.out or "stdout"):
         if args.command == "images":
             make_images(args, opened)
         elif args.command == "score":
             score_sets(args, *opened)
-        elif runtime.rank() == 0:
+        elif processes.rank() == 0:
             if args.command == "compare":
                 print(compare.table(opened), flush=True)
             if args.out:
                 Path(args.out).parent.mkdir(parents=True, exist_ok=True)
                 (compare.draw if args.command == "compare" else compare.draw_grids)(opened, args.out)
                 print(f"{args.out}: written")
-    runtime.finish()
-
-
+    processes.finish()
 if __name__ == "__main__":
     main()

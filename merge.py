@@ -13,28 +13,31 @@ import copy
 import json
 import math
 import time
+import torch
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Literal
-
-import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-
-import compare
+from typing import Literal
+import bases
+from bases import files as base_files
+from commands import compare
+from commands import picture_sets
 import dist_reward
 import eval as evaluation
-import guards
-import models
-import runtime
-from checks import check_merge, numbers
-from features import check_target, load_target, open_pool
-from picture_sets import stream
+from support import files
+from support import flags
+from support import guards
+from support import processes
+from bases.tensors import Over, Weights, block_of, put
+from commands.checks import check_merge, numbers
+from commands.picture_sets import stream
 from rewards import Reward
+from rewards.targets import check_target, load_target, open_pool
 from sampling import seeded_noise
 from shaping import group_advantage
-from weights import Over, Weights, block_of, put, rivals, sweep
+from support.averages import rivals, sweep
 
 SEARCH_STREAM, POOL_STREAM, POLICY_STREAM, RANDOM_STREAM = 4, 5, 6, 7    # 0 to 3 are the training's and the evaluation's
 
@@ -76,9 +79,6 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Merging.
-
 def merge(state_dicts, coefficients):
     """sum_k c_k theta_k, tensor by tensor: K mappings of the same names and shapes, coefficients [K] (or [1, K]) or [B, K] -> dict.
 
@@ -115,9 +115,6 @@ def _merge_entry(name, state_dicts, c):
         shape, types = value.shape, types + [value.dtype]
     return total.to(reduce(torch.promote_types, types))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# RL over the coefficients.
 
 def directions(views, blocks=1, floor=0.01):
     """Q [B, K - 1, K] for K checkpoints: the principal directions of the checkpoints about their mean, in the space of a block's weights.
@@ -174,12 +171,12 @@ class Search:
 
     def features_of(self, c, count, key):
         """Features [count, D] of the merge's pictures; each process draws its share."""
-        mine = [self.measure(images) for _, images in self.batches(c, runtime.share(count), count, key)]
-        return runtime.gather(torch.cat([self.pool.features[:0], *mine]), count)              # a process may have none
+        mine = [self.measure(images) for _, images in self.batches(c, processes.share(count), count, key)]
+        return processes.gather(torch.cat([self.pool.features[:0], *mine]), count)              # a process may have none
 
     def group(self, candidates, count, key, pool, replaced):
         """Reward terms {name: [G]} of coefficient vectors [G, B, K], all at the same noise and prompts; each process builds, samples and prices its own."""
-        mine, names, rows = runtime.share(len(candidates)), [*self.reward.weights], []
+        mine, names, rows = processes.share(len(candidates)), [*self.reward.weights], []
         for c in candidates[mine.start:mine.stop]:
             terms, features = dict.fromkeys(names, 0.0), []
             for who, images in self.batches(c, range(count), count, key):
@@ -190,7 +187,7 @@ class Search:
                 terms[self.reward.distribution] = fall(pool, torch.cat(features), replaced)
             rows.append([*terms.values()])
         rows = torch.tensor(rows, dtype=torch.float64, device=self.model.device).reshape(-1, len(names))
-        return dict(zip(names, runtime.gather(rows, len(candidates)).T.cpu()))
+        return dict(zip(names, processes.gather(rows, len(candidates)).T.cpu()))
 
     def advantage(self, terms):
         """Reward terms {name: [G]} -> [G]: each centred, in units of its own std over the group, then weighted."""
@@ -224,10 +221,10 @@ def search(args, task, blocks, fixed, log, interrupt):
            "directions": zeros(*shape, shape[1] + 1)}
     everything = own | (task.pool.state() if task.pool else {})
     draw = lambda stream, update, size: seeded_noise((stream, args.seed, update), range(size), shape).double()
-    newest, state = runtime.newest_checkpoint(out)
+    newest, state = files.newest_checkpoint(out)
     guards.check_start(out, state["step"], task.model.device)
     if newest:
-        runtime.load_checkpoint(newest, everything)
+        files.load_checkpoint(newest, everything)
     else:
         if task.pool:                                                    # every rival is priced by replacing all of one reference
             task.pool.refresh(task.features_of(fixed["uniform average"], M, pool_key))
@@ -239,7 +236,7 @@ def search(args, task, blocks, fixed, log, interrupt):
     if task.pool:
         first.refresh(task.features_of(start, M, pool_key))
         newest or task.pool.refresh(first.features)
-    for update in tqdm(range(state["step"], args.updates), initial=state["step"], total=args.updates, disable=runtime.rank() > 0, desc="merge rl"):
+    for update in tqdm(range(state["step"], args.updates), initial=state["step"], total=args.updates, disable=processes.rank() > 0, desc="merge rl"):
         began, members, key = time.time(), members_of(update, n, M, len(task.prompts)), (SEARCH_STREAM, args.seed, update)
         # ------------------------------------------------ the policy
         noise = draw(POLICY_STREAM, update, G // 2)
@@ -257,7 +254,7 @@ def search(args, task, blocks, fixed, log, interrupt):
         log.write({"update": update + 1} | {f"reward/{name}": value.mean().item() for name, value in terms.items()}
                   | ({"reference": task.pool.value()} if task.pool else {}) | {"coefficients": c.tolist(), "std": own["log_std"].exp().mean(1).tolist(),
                   "sum_error": (c.sum(1) - 1).abs().max().item(), "seconds": time.time() - began})
-        runtime.save_checkpoint(out, update + 1, everything, None, log.lines, 2)
+        files.save_checkpoint(out, update + 1, everything, None, log.lines, 2)
         if interrupt.asked(task.model.device):
             return None
     best = lambda among: max(among, key=worth.get)
@@ -279,7 +276,7 @@ def report(args, task, base, judged, rows):
     judge = evaluation.Judge(folder, other, task.model.device, "real-2.npz") if (folder / other).is_dir() else None
     for name, c in rows.items():
         put(task.model.network, base if c is None else merge(task.views, c))
-        images = evaluation.generate(task.model, judged, args.report_images // len(judged), args.steps, args.guidance, args.report_seed, args.batch)
+        images = picture_sets.generate(task.model, judged, args.report_images // len(judged), args.steps, args.guidance, args.report_seed, args.batch)
         paid = task.reward(images, [p.text for p in who], [p.metadata for p in who])
         scores = {f"reward {name}": value.double().mean().item() for name, value in paid.items()}
         if task.pool:
@@ -292,20 +289,17 @@ def report(args, task, base, judged, rows):
     return "\n".join(["| merge | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|", *lines])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command.
-
 @record
 def main(argv=None):
-    args = runtime.parse_args(Args, __doc__, argv)
-    with runtime.refusing():
+    args = flags.parse_args(Args, __doc__, argv)
+    with flags.refusing():
         args, folder, views, prompts, judged = check_merge(args, Args(args.command, args.checkpoints))
     with guards.writing(args.out):
         if args.command == "rl":
             rl(args, folder, views, prompts, judged)
-        elif runtime.rank() == 0:
+        elif processes.rank() == 0:
             average(args, folder, views)
-    runtime.finish()
+    processes.finish()
 
 
 def average(args, folder, views):
@@ -313,38 +307,36 @@ def average(args, folder, views):
     command knows it again and makes those that are missing."""
     lengths, out = numbers("sigma_rel", args.sigma_rel), Path(args.out)
     rows = sweep(views, lengths) if args.command == "ema" else [numbers("coefficients", args.coefficients) or [1 / len(views)] * len(views)]
-    with runtime.refusing():
-        model = models.load(str(folder))
+    with flags.refusing():
+        model = bases.load(str(folder))
     (out if len(rows) > 1 else out.parent).mkdir(parents=True, exist_ok=True)
-    len(rows) > 1 and runtime.write_atomic(out / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=2) + "\n"))
+    len(rows) > 1 and files.write_atomic(out / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=2) + "\n"))
     for length, c in zip(lengths, rows):
         folder = out / str(length) if len(rows) > 1 else out
         if not folder.exists():
             put(model.network, merge(views, c))
-            runtime.save_model(folder, model)
+            files.save_model(folder, model)
         print(f"{folder}: " + ", ".join(f"{x:.4f} {Path(p).stem or p}" for x, p in zip(c, args.checkpoints)))
 
 
 def rl(args, folder, views, prompts, judged):
     """Search, table, plot and the merged model, in args.out."""
-    device, out = runtime.start(args.device), Path(args.out)
+    device, out = processes.start(args.device), Path(args.out)
     blocks = len({block_of(name) for name in views[0]}) if args.blocks else 1
-    with runtime.refusing():                                             # what the files hold, and a function gives, is known only now
-        model, base = models.load(str(folder), device, args.precision), Weights(models.network_files(folder))
+    with flags.refusing():                                             # what the files hold, and a function gives, is known only now
+        model, base = bases.load(str(folder), device, args.precision), Weights(base_files.network_files(folder))
         model.encode([p.text for p in prompts + judged])
         task = Search(args, model, views, prompts)
-    log = runtime.Log(out, vars(args), runtime.newest_checkpoint(out)[1]["lines"])
-    with runtime.Interrupt() as interrupt:
+    log = files.Log(out, vars(args), files.newest_checkpoint(out)[1]["lines"])
+    with processes.Interrupt() as interrupt:
         found = search(args, task, blocks, rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel)), log, interrupt)
-    c, rows = found or interrupt.leave(out)
+    c, rows = found or interrupt.leave(f"{out}: stopped after checkpoint {files.newest_checkpoint(out)[1]['step']} by signal {interrupt.signal}; the same command goes on")
     table = report(args, task, Over({}, base, list(views[0])), judged, {"base model": None} | rows | {"RL": c})
     put(model.network, merge(views, c))
-    runtime.save_model(out / "model", model)
-    if runtime.rank() == 0:
-        runtime.write_atomic(out / "table.md", lambda path: path.write_text(table + "\n"))
+    files.save_model(out / "model", model)
+    if processes.rank() == 0:
+        files.write_atomic(out / "table.md", lambda path: path.write_text(table + "\n"))
         compare.draw_coefficients(out, [Path(p).stem or p for p in args.checkpoints])
         print(table, f"{out}: coefficients.png, table.md, and the merged model in model/", sep="\n")
-
-
 if __name__ == "__main__":
     main()

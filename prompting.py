@@ -8,12 +8,11 @@ Left out on purpose: rewriting the prompt's words.
 """
 import io
 import json
-from dataclasses import dataclass, field
-from pathlib import Path
-
 import numpy as np
 import torch
-
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
 
 @dataclass
 class Prompt:

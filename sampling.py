@@ -8,15 +8,11 @@ Left out on purpose: higher-order solvers (a rollout has few steps, and a log-pr
 """
 import functools
 import math
-from dataclasses import dataclass
-from typing import Callable, NamedTuple
-
 import numpy as np
 import torch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Paths. A time t is a number or a float64 tensor, and so are alpha(t) and sigma(t); times(steps) lists steps + 1 of them, noise first.
+from dataclasses import dataclass
+from typing import Callable
+from typing import NamedTuple
 
 class Path(NamedTuple):
     """A Gaussian path x_t = alpha(t) x_0 + sigma(t) eps and the times at which to sample it."""
@@ -59,13 +55,8 @@ def Karras(sigma_min=0.002, sigma_max=80.0, rho=7.0):
         t = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
         return torch.cat([t, torch.zeros(1, dtype=torch.float64)])
     return Path(lambda t: t * 0 + 1, lambda t: t, times)
-
-
 FLOW, EDM = Flow(), Karras()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The kernel.
 
 def transition(x_t, x0_hat, eps_hat, path, t, s, eta=1.0, kernel="ancestral"):
     """The Gaussian of one step from time t to time s < t; all tensors [B, ...], t, s and eta numbers or [B].
@@ -127,9 +118,6 @@ def predict(model, x_t, t, prompt, guidance=1.0, null=None):
         guided = [torch.cat([g[:, :channels], with_prompt[:, channels:]], 1) for g, (_, with_prompt) in zip(guided, halves)]
     return tuple(guided)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole trajectories.
 
 @dataclass
 class Policy:
@@ -211,9 +199,6 @@ def seeded_noise(key, samples, shape):
         return torch.randn(shape, generator=torch.Generator().manual_seed(int(state >> 1)))
     return torch.stack([row(i) for i in samples])
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# DRIFT (i): train on a reward-concentrated subset of each group.
 
 def concentrated_subset(rewards, keep, rule="window", band=1.0):
     """Which `keep` of each group's N rollouts to train on: rewards [P, N] -> index [P, keep], ascending.

@@ -11,7 +11,6 @@ Left out on purpose: kernels and clusters; a distance and its k nearest neighbou
 """
 import torch
 
-
 def group_diversity(features, metric="euclidean", nearest=0):
     """How far each rollout is from the others of its group: features [P, N, ...] -> [P, N].
 

@@ -11,31 +11,33 @@ arXiv 2505.05470; DRIFT, arXiv 2601.12401). Simplifications, on purpose:
 """
 import json
 import math
+import numpy as np
 import time
+import torch
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-
+from typing import Literal
+import bases
 import dist_reward
 import eval as evaluation
-import guards
-import models
-import runtime
-from checks import check, plan
-from lora import add_lora, export, lora_off
-from features import load_features, open_pool
+from support import files
+from support import flags
+from support import guards
+from support import processes
+from bases.lora import add_lora, export, lora_off
+from bases.tensors import save_snapshots
+from commands.checks import check, plan
 from prompting import draw_prompts, noised_prompt
 from rewards import Reward
+from rewards.features import load_features
+from rewards.targets import open_pool
 from sampling import Policy, concentrated_subset, log_prob, rollout, seeded_noise
-from sharding import clip_gradients, shard
 from shaping import gardo, group_advantage, group_diversity, shaped_returns
-from weights import EMA_LENGTHS, power_decay, save_snapshots, swapped
+from support.averages import EMA_LENGTHS, power_decay, swapped
+from support.sharding import clip_gradients, shard
 
 ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3                 # 2 is the evaluation's: each has its own noise
 
@@ -119,9 +121,6 @@ class Args:
     timeout: int = 30                               # minutes that a process waits for the others
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The mathematics of the update: pure functions of tensors.
-
 def clipped_loss(ratio, advantage, clip):
     """PPO's pessimistic surrogate, a loss for each pair: max(-A r, -A clip(r, 1 - clip, 1 + clip))."""
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
@@ -146,10 +145,6 @@ def credit(args, weights, terms, potential, closest):
     return index, advantage + args.diversity * group_advantage(shaped, index)                # each signal in units of its own std
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two phases. A process handles its share of the P x N rollouts. null: embedding of the empty prompt; reward: the sample-wise terms; measure: the
-# features of a distribution-wise one (None: there is none); look: the space of --diversity_features (None: latents).
-
 def explore(args, model, policy, texts, null, samples, key):
     """Rollouts of the prompts `texts`, one for each number in `samples` -> Trajectory; everything random is a function of (key, number)."""
     noise = seeded_noise((*key, 0), samples, (1 + len(policy.window), *model.shape)).to(model.device)
@@ -162,18 +157,18 @@ def explore(args, model, policy, texts, null, samples, key):
 @torch.no_grad()                                                         # in inference_mode, --shard would gather weights for it alone
 def fresh_reference(args, model, policy, prompts, null, measure, step):
     """Features [M, D] of M new rollouts, all prompts in turn: what the distribution-wise reward starts from."""
-    mine, found, who = runtime.share(args.reference), [], draw_prompts(len(prompts), args.reference, args.seed, 0)
+    mine, found, who = processes.share(args.reference), [], draw_prompts(len(prompts), args.reference, args.seed, 0)
     for at in range(mine.start, mine.stop, args.batch):
         samples = range(at, min(at + args.batch, mine.stop))
         trajectory = explore(args, model, policy, [prompts[w].text for w in who[at:samples.stop]], null, samples, (REFERENCE_STREAM, args.seed, step))
         found += [measure(part) for part in model.decode(trajectory.latents[-1].to(model.device)).split(args.reward_batch or args.batch)]
-    return runtime.gather(torch.cat(found), args.reference)
+    return processes.gather(torch.cat(found), args.reference)
 
 
 def sample_groups(args, model, policy, prompts, null, reward, measure, look, step):
     """SAMPLE: rolls out this process's share -> its trajectory; and of all rollouts: reward terms, features of the pictures (or None),
     potentials, nearest distances."""
-    P, N, W, samples = args.prompts_per_step, args.group_size, len(policy.window), runtime.share(args.prompts_per_step * args.group_size)
+    P, N, W, samples = args.prompts_per_step, args.group_size, len(policy.window), processes.share(args.prompts_per_step * args.group_size)
     in_parts = lambda f, x: torch.cat([f(part.to(model.device)) for part in x.split(args.reward_batch or args.batch)])
     who = draw_prompts(len(prompts), P, args.seed, step)[np.array(samples) // N]              # the prompt of each rollout
     texts = [prompts[w].text for w in who]
@@ -187,9 +182,9 @@ def sample_groups(args, model, policy, prompts, null, reward, measure, look, ste
             terms = reward(images, texts, [prompts[w].metadata for w in who])
             found = in_parts(measure, images) if measure else None
             seen = [in_parts(lambda x: space(model.decode(x) if look else x), state) for state in states] + [in_parts(space, finished)]
-        found = runtime.gather(found, P * N).reshape(P, N, -1) if measure else None
-        terms = {name: runtime.gather(value, P * N).reshape(P, N) for name, value in terms.items()}
-        features = runtime.gather(torch.stack(seen, 1), P * N).transpose(0, 1).reshape(len(seen), P, N, -1)
+        found = processes.gather(found, P * N).reshape(P, N, -1) if measure else None
+        terms = {name: processes.gather(value, P * N).reshape(P, N) for name, value in terms.items()}
+        features = processes.gather(torch.stack(seen, 1), P * N).transpose(0, 1).reshape(len(seen), P, N, -1)
         potential = torch.stack([group_diversity(f, args.metric, args.nearest) for f in features]).expand(W + 1, P, N)
         closest = group_diversity(features[-1], "cosine", nearest=1)                          # [P, N]
     return trajectory, terms, found, potential, closest
@@ -198,7 +193,7 @@ def sample_groups(args, model, policy, prompts, null, reward, measure, look, ste
 def update(args, model, reference, policy, null, optimizer, weights, trajectory, index, advantage, step):
     """TRAIN: clipped policy gradient on the kept (rollout, step) pairs, in `updates` optimizer steps a pass -> metrics. Their order is
     random, but if `updates` divides W every optimizer step sees each rollout equally often: less noise, and equal work for the processes."""
-    W, D, samples = len(policy.window), math.prod(model.shape), runtime.share(args.prompts_per_step * args.group_size)
+    W, D, samples = len(policy.window), math.prod(model.shape), processes.share(args.prompts_per_step * args.group_size)
     kept = (torch.arange(len(index))[:, None] * args.group_size + index.cpu()).flatten().to(model.device)      # sample numbers [P K]
     advantage = advantage.float().reshape(W, -1).to(model.device)                             # [W, P K]
     random, grid, totals, ratio_error, norm = np.random.default_rng([ORDER_STREAM, args.seed, step]), np.arange(advantage.numel()), 0, advantage.new_zeros(()), 0.0
@@ -224,23 +219,20 @@ def update(args, model, reference, policy, null, optimizer, weights, trajectory,
             tally += torch.stack([loss.sum(), kl.sum(), (error > args.clip / D).sum(), torch.ones_like(loss).sum()]).detach().double()
             ratio_error = torch.maximum(ratio_error, error.max()) if n == 0 else ratio_error                  # no .item(): a GPU would stop here
         guards.check_finite(step, {"an advantage": advantage, "the loss": tally, **{f"the gradient of {n}": p.grad for n, p in weights.items()}}, model.device)
-        args.shard or runtime.sum_gradients(weights.values())            # FSDP has summed them in the backward
-        totals, norm = totals + runtime.all_sum(tally), clip_gradients(weights.values(), args.grad_clip)
-        ratio_error = runtime.all_max(ratio_error, model.device) if n == 0 else ratio_error
+        args.shard or processes.sum_gradients(weights.values())            # FSDP has summed them in the backward
+        totals, norm = totals + processes.all_sum(tally), clip_gradients(weights.values(), args.grad_clip)
+        ratio_error = processes.all_max(ratio_error, model.device) if n == 0 else ratio_error
         guards.check_update(step, norm, ratio_error, guards.TOLERANCE["compiled " * args.compile + args.precision] * (1 + 2 * abs(args.guidance - 1)), args.clip / D)
         optimizer.step()
     loss, kl, clipped, count = totals.tolist()
     return {"loss": loss / count, "kl": kl / count, "clip_fraction": clipped / count, "grad_norm": norm, "ratio_error": ratio_error}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop.
-
 def open_all(args, prompts, judged, device):
     """-> model, what learns {name: parameter}, embedding of the empty prompt, reward, the space of --diversity_features; and
     for the reward fid or kid its reference, features and target (else None). Exits with code 2 where a file turns out not to be what it should."""
-    with runtime.refusing():
-        model = models.load(args.model, device, args.precision, args.checkpointing, args.decode_batch, args.compile)
+    with flags.refusing():
+        model = bases.load(args.model, device, args.precision, args.checkpointing, args.decode_batch, args.compile)
         model.forget_text_encoders([p.text for p in prompts + judged] + [""])
         weights = add_lora(model.network, args.lora, args.lora, seed=args.seed) if args.lora else {
             n: p for n, p in model.network.named_parameters() if p.requires_grad_(args.train == "all" or "attn" in n).requires_grad}
@@ -254,7 +246,7 @@ def open_all(args, prompts, judged, device):
 
 def train(args, prompts, judged, interrupt):
     """The algorithm, and around it evaluation, log and checkpoints. Returns early, after a checkpoint, when it is asked to stop."""
-    device, out = runtime.start(args.device, args.timeout), Path(args.out)
+    device, out = processes.start(args.device, args.timeout), Path(args.out)
     model, weights, null, reward, look, pool, measure, target = open_all(args, prompts, judged, device)
     policy = Policy(model.path, model.path.times(args.steps).to(device), range(*map(int, args.window.split(":"))), args.eta, args.kernel, args.guidance)
     reference = model.frozen() if args.kl and not args.lora else None
@@ -263,13 +255,13 @@ def train(args, prompts, judged, interrupt):
     averages = {key: {n: p.detach().clone() for n, p in weights.items()} for key in ("ema",) * (args.ema > 0) + EMA_LENGTHS * (args.snapshot_every > 0)}
     optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     everything = weights | {f"average.{key}.{n}": v for key, tensors in averages.items() for n, v in tensors.items()} | (pool.state() if pool else {})
-    newest, state = runtime.newest_checkpoint(out)
+    newest, state = files.newest_checkpoint(out)
     guards.check_start(out, state["step"], device)
     if newest:
-        runtime.load_checkpoint(newest, everything, optimizer)
+        files.load_checkpoint(newest, everything, optimizer)
     elif pool:
         pool.refresh(fresh_reference(args, model, policy, prompts, null, measure, 0))
-    log = runtime.Log(out, vars(args), state["lines"])
+    log = files.Log(out, vars(args), state["lines"])
     name = "reward" if args.features == "evaluator" and pool else "evaluator"                 # who judges is not who rewards
     judge = evaluation.Judge(model.folder, name, device) if (model.folder / name).is_dir() else None
 
@@ -279,7 +271,7 @@ def train(args, prompts, judged, interrupt):
 
     if not newest:
         log.write({"iteration": 0} | judged_now(0))
-    bar = tqdm(range(state["step"], args.iterations), initial=state["step"], total=args.iterations, disable=runtime.rank() > 0, desc=out.name[:30])
+    bar = tqdm(range(state["step"], args.iterations), initial=state["step"], total=args.iterations, disable=processes.rank() > 0, desc=out.name[:30])
     for step in bar:
         began, oldest = time.time(), step * args.prompts_per_step * args.group_size
         # ------------------------------------------------ SAMPLE
@@ -306,45 +298,43 @@ def train(args, prompts, judged, interrupt):
         total = sum(weight * terms[name] for name, weight in reward.weights.items())          # [P, N]
         row |= {"reward": total.mean().item(), **{"reward/" + name: value.mean().item() for name, value in terms.items()}}
         row |= {"diversity": potential[-1].mean().item(), "zero_std_fraction": (total.std(1) < 1e-6).double().mean().item()}
-        row |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled, "peak_memory_gb": runtime.peak_memory(device)}
+        row |= {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled, "peak_memory_gb": processes.peak_memory(device)}
         bar.set_postfix(reward=f"{row['reward']:.3f}", diversity=f"{row['diversity']:.3f}", ratio_error=f"{row['ratio_error']:.0e}")
         last = step + 1 == args.iterations
         log.write({"iteration": step + 1} | row | (judged_now(step + 1) if last or (step + 1) % args.eval_every == 0 else {}))
         if last:
             with swapped(weights, averages.get("ema", {})):
-                runtime.save_model(out / "model", model)
-                if args.lora and runtime.rank() == 0:
-                    runtime.write_atomic(out / "lora", lambda folder: export(model.network, folder, {"base": args.model, "iteration": step + 1}))
+                files.save_model(out / "model", model)
+                if args.lora and processes.rank() == 0:
+                    files.write_atomic(out / "lora", lambda folder: export(model.network, folder, {"base": args.model, "iteration": step + 1}))
         if args.snapshot_every and (last or (step + 1) % args.snapshot_every == 0):
             save_snapshots(out, step + 1, weights, {s: averages[s] for s in EMA_LENGTHS}, args.model, args.keep_snapshots)
         stop = interrupt.asked(device)
         if stop or last or (step + 1) % args.save_every == 0:
-            args.shard or runtime.check_equal(weights, device)
-            runtime.save_checkpoint(out, step + 1, everything, optimizer, log.lines, args.keep_checkpoints)
+            args.shard or processes.check_equal(weights, device)
+            files.save_checkpoint(out, step + 1, everything, optimizer, log.lines, args.keep_checkpoints)
         if stop:
             return
 
 
 @record
 def main(argv=None):
-    args = runtime.parse_args(Args, __doc__, argv)
+    args = flags.parse_args(Args, __doc__, argv)
     try:
         args, prompts, judged = check(args, Args())
     except ValueError as error:
-        runtime.refuse(error)
-    if runtime.rank() == 0:
+        flags.refuse(error)
+    if processes.rank() == 0:
         print(json.dumps(vars(args)), plan(args, prompts), sep="\n", flush=True)
     if args.dry_run:
         return
-    complete = runtime.newest_checkpoint(args.out)[1]["step"] == args.iterations
-    with runtime.Interrupt() as interrupt, guards.writing(args.out):
+    complete = files.newest_checkpoint(args.out)[1]["step"] == args.iterations
+    with processes.Interrupt() as interrupt, guards.writing(args.out):
         complete or train(args, prompts, judged, interrupt)
     if interrupt.signal:
-        interrupt.leave(args.out)
-    if runtime.rank() == 0:
-        print(f"{args.out}: already complete\n" * complete + runtime.before_and_after(args.out))
-    runtime.finish()
-
-
+        interrupt.leave(f"{args.out}: stopped after checkpoint {files.newest_checkpoint(args.out)[1]['step']} by signal {interrupt.signal}; the same command goes on")
+    if processes.rank() == 0:
+        print(f"{args.out}: already complete\n" * complete + files.before_and_after(args.out))
+    processes.finish()
 if __name__ == "__main__":
     main()

@@ -30,11 +30,12 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation  # noqa: E402
-import models  # noqa: E402
+from commands import picture_sets
+import bases  # noqa: E402
 from dist_reward import moments  # noqa: E402
-from features import read_idx  # noqa: E402
+from rewards.targets import read_idx  # noqa: E402
 from prompting import read_prompts  # noqa: E402
-from rewards import Classifier, load_classifier  # noqa: E402
+from rewards.classifier import Classifier, load_classifier  # noqa: E402
 
 NOUNS = [["t-shirt", "tee", "top"], ["trousers", "pants"], ["pullover", "sweater", "jumper"], ["dress", "gown", "frock"],
          ["coat", "jacket"], ["sandal", "heel"], ["shirt", "blouse"], ["sneaker", "trainer"], ["bag", "handbag", "purse"],
@@ -238,8 +239,8 @@ def report(folders, judge, test, test_labels, pictures):
     def rows():
         yield "real test pictures", torch.cat([test[test_labels == p.metadata["label"]][:each] for p in prompts])
         for folder in folders:
-            model = models.load(folder, precision="bfloat16")
-            yield from ((f"{folder}, guidance {g}", evaluation.generate(model, prompts, each, 20, g, seed=0, batch=500)) for g in GUIDANCES)
+            model = bases.load(folder, precision="bfloat16")
+            yield from ((f"{folder}, guidance {g}", picture_sets.generate(model, prompts, each, 20, g, seed=0, batch=500)) for g in GUIDANCES)
 
     for name, images in rows():
         scores = evaluation.score(images, [p.metadata["label"] for p in prompts], evaluator, real)

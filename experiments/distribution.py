@@ -20,7 +20,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import eval as evaluation  # noqa: E402
-import models  # noqa: E402
+from commands import picture_sets
+import bases  # noqa: E402
 from dist_reward import SubsetReplace, frechet_distance, moments  # noqa: E402
 from evidence import draw, faster_precision, load, run, spread  # noqa: E402
 from prompting import read_prompts  # noqa: E402
@@ -44,7 +45,7 @@ SEEDS = {name: 3 if name in ("potential", "potential, longer", "exact, K = 10") 
 def judged(folder, pictures, steps=20):
     """Fresh pictures of a model folder -> their metrics, and their features in the space that was trained on."""
     prompts = read_prompts(TINY / "eval_prompts.jsonl")
-    images = evaluation.generate(models.load(folder, precision=faster_precision()), prompts, pictures // len(prompts), steps, 1.0, FRESH_SEED, 500)
+    images = picture_sets.generate(bases.load(folder, precision=faster_precision()), prompts, pictures // len(prompts), steps, 1.0, FRESH_SEED, 500)
     evaluator, reward = evaluation.Judge(TINY, "evaluator"), evaluation.Judge(TINY, "reward")
     features = torch.cat([reward.network.features(x) for x in images.split(500)])
     scores = evaluation.score(images, [p.metadata["label"] for p in prompts], evaluator.network, evaluator.real)

@@ -19,8 +19,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-import compare  # noqa: E402
-from compare import draw, front, gain_at_equal_alignment, gain_at_equal_diversity, load, spread  # noqa: E402, F401
+from commands import compare  # noqa: E402
+from support import flags
+from commands.compare import draw, front, gain_at_equal_alignment, gain_at_equal_diversity, load, spread  # noqa: E402, F401
 
 OFF = {"select": "all", "prompt_noise": 0, "diversity": 0}
 COMMON = {"save_every": 60, "snapshot_every": 0}

@@ -34,12 +34,12 @@ from torch.utils._pytree import tree_iter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-import edm2  # noqa: E402
-import models  # noqa: E402
-import runtime  # noqa: E402
-import sit  # noqa: E402
-from lora import add_lora  # noqa: E402
-from weights import EMA_LENGTHS  # noqa: E402
+from bases import edm2  # noqa: E402
+import bases  # noqa: E402
+from bases import sit  # noqa: E402
+from support import flags  # noqa: E402
+from bases.lora import add_lora  # noqa: E402
+from support.averages import EMA_LENGTHS  # noqa: E402
 
 GB, RESERVE, GPUS = 2**30, 1.5, (24, 40, 80)                             # GB kept free, GB of the GPUs
 SIZES = (1, 256, 512)                                                    # pictures in the forwards that are counted; each costs the same
@@ -159,7 +159,7 @@ def count(name, rank, checkpointing):
     trained = add_lora(network, rank, rank).values() if rank else network.requires_grad_(True).parameters()
     learning, weights = (sum(p.numel() for p in ps) for ps in (trained, [*network.parameters(), *network.buffers(), *vae.parameters()]))
     if checkpointing:
-        models.recompute(network)
+        bases.recompute(network)
     with FakeTensorMode(), as_on_cuda():
         hollow(network)
         fixed, pair = line({n: peak(network, [torch.empty(n, *shape), torch.ones(n), *(torch.empty(n, *size) for size in prompt)], call) for n in SIZES})
@@ -182,12 +182,12 @@ def fits(gpu, fixed, each):
 
 
 def main(argv=None):
-    args, known = runtime.parse_args(Args, __doc__, argv), Args.bases.split(",")
+    args, known = flags.parse_args(Args, __doc__, argv), Args.bases.split(",")
     bases = args.bases.split(",")
     if wrong := [name for name in bases if name not in known]:
-        runtime.refuse(f"--bases {args.bases}: {wrong[0]!r} is none of {', '.join(known)}")
+        flags.refuse(f"--bases {args.bases}: {wrong[0]!r} is none of {', '.join(known)}")
     if args.lora < 1 or args.steps < 1:
-        runtime.refuse(f"--lora {args.lora} --steps {args.steps}: must be 1 at least")
+        flags.refuse(f"--lora {args.lora} --steps {args.steps}: must be 1 at least")
     gpus = "".join(f"{f'{gpu} GB':>17}" for gpu in GPUS)
     print(f"bfloat16; the largest --train_batch without guidance, and with it\n{'':11}{'learns':>14}{'recompute':>11}{'fixed':>9}{'a pair':>11}{gpus}")
     room = {}                                                            # what a micro-batch of one guided pair takes

@@ -1,6 +1,6 @@
 """Bases of random weights, in the layout of the published ones: a few million of them, or as many as Stable Diffusion 1.5 and 3.5 medium have.
 
-    import random_bases; random_bases.build("sd1", folder, device)       a diffusers folder that models.load reads; sd1, sd3, sd15 or sd35
+    import random_bases; random_bases.build("sd1", folder, device)       a diffusers folder that bases.load reads; sd1, sd3, sd15 or sd35
 
 For what asks how fast and how large, never how good. The tokenizer is that of assets/tiny. Left out: the T5 of Stable Diffusion 3.5, whose tokens
 are then zeros, as where a folder comes without it.

@@ -32,12 +32,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-import models  # noqa: E402
-import runtime  # noqa: E402
+import bases  # noqa: E402
+from bases import generator  # noqa: E402
+from support import flags  # noqa: E402
+from support import processes  # noqa: E402
 import train  # noqa: E402
-from checks import numbers  # noqa: E402
+from commands.checks import numbers  # noqa: E402
 from evidence import command_line, faster_precision, matrix_rate  # noqa: E402
-from features import load_features  # noqa: E402
+from rewards.features import load_features  # noqa: E402
 from prompting import Prompt, draw_prompts, read_prompts  # noqa: E402
 from random_bases import NAMES, build  # noqa: E402
 from rewards import Reward  # noqa: E402
@@ -72,11 +74,11 @@ class Args:
 class Bench:
     """A base as train.py holds it, its encoders kept for the peer; learning rate 0."""
     args: train.Args
-    model: models.Generator
+    model: generator.Generator
     policy: Policy
     prompts: list
     who: np.ndarray                                                      # the prompt of each rollout
-    encoder: models.Generator                                            # the model as the peer has it: it remembers no prompt
+    encoder: generator.Generator                                            # the model as the peer has it: it remembers no prompt
     null: tuple
     trained: dict                                                        # {name: parameter}
     optimizer: torch.optim.Optimizer
@@ -93,7 +95,7 @@ def open_bench(base, folder, options, device, compile=False):
     args = train.Args(prompts_per_step=options.prompts_per_step or P, group_size=options.group_size or N, steps=options.steps, keep=options.group_size or N,
                       batch=options.batch or batch, train_batch=options.batch or train_batch, prompt_noise=0.0, diversity=0.0, updates=1, grad_clip=1e9,
                       precision=precision, compile=compile, reward="class" if kind == "tiny" else "jpeg", diversity_features="reward" if kind == "tiny" else "latents")
-    model = models.load(folder, device, args.precision, compile=compile)
+    model = bases.load(folder, device, args.precision, compile=compile)
     trained = {n: p for n, p in model.network.named_parameters() if p.requires_grad_("attn" in n).requires_grad}
     policy = Policy(model.path, model.path.times(args.steps).to(device), range(args.steps - 1), args.eta, args.kernel)
     prompts = read_prompts(folder / "prompts.jsonl") if (folder / "prompts.jsonl").is_file() else [Prompt(text) for text in TEXTS]
@@ -193,7 +195,7 @@ def peak_gb(function, device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         function()
-        return runtime.peak_memory(device)
+        return processes.peak_memory(device)
     try:
         ctypes.CDLL(None).malloc_trim(0)                                 # what earlier functions have freed is theirs
         Path("/proc/self/clear_refs").write_text("5")
@@ -287,21 +289,21 @@ def split_iteration(base, bench, repeats):
 
 def worker(base, options):
     """Under torchrun: iterations of the first process alone, in turn with iterations shared by all. `base` is tiny or a folder."""
-    device = runtime.start(options.device)
+    device = processes.start(options.device)
     bench, seconds = open_bench(base, TINY if base == "tiny" else Path(base), options, device), {"alone": [], "all": []}
     once, _, _ = iteration(bench)
     for _ in range(1 + options.repeats):
-        if runtime.rank() == 0:
+        if processes.rank() == 0:
             with patch.object(dist, "is_initialized", lambda: False):    # runtime.py then deals everything to this process
                 seconds["alone"].append(seconds_of(once, device))
         dist.barrier()
         seconds["all"].append(seconds_of(once, device))
         dist.barrier()
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         alone, shared = (statistics.median(seconds[name][1:]) for name in ("alone", "all"))
-        print(f"\n{Path(base).name}: an iteration takes one process {alone:.3g} s, {runtime.world()} processes {shared:.3g} s, one thread each: "
+        print(f"\n{Path(base).name}: an iteration takes one process {alone:.3g} s, {processes.world()} processes {shared:.3g} s, one thread each: "
               f"x {ratio(seconds['alone'][1:], seconds['all'][1:]):.2f}", flush=True)
-    runtime.finish()
+    processes.finish()
 
 
 def check(options):
@@ -317,12 +319,12 @@ def check(options):
 
 
 def main(argv=None):
-    options = runtime.parse_args(Args, __doc__, argv)
-    with runtime.refusing():
+    options = flags.parse_args(Args, __doc__, argv)
+    with flags.refusing():
         bases = check(options)
     if "RANK" in os.environ:
         return worker(bases[0], options)
-    device = runtime.start(options.device)
+    device = processes.start(options.device)
     faster = faster_precision(device)
     print(f"{device}, {torch.get_num_threads()} threads; {options.repeats} turns; tuned: {faster}{', compiled' * options.compile}\n\n"
           f"| base | guidance | | ours | peer | x peer | same batches | ours, tuned | of matrix rate | GB | GB, peer |\n" + "|---" * 11 + "|")

@@ -102,8 +102,8 @@ def build_generator(folder, seed):
 def build_classifier(folder, width, seed, images):
     """A random classifier whose opinions differ from picture to picture, and the moments of `images`, whole and in halves, in its features."""
     from dist_reward import moments
-    from eval import mean_distance
-    from rewards import Classifier
+    from rewards.metrics import mean_distance
+    from rewards.classifier import Classifier
     from safetensors.torch import save_file
     torch.manual_seed(seed)
     model = Classifier(width)

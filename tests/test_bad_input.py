@@ -5,9 +5,10 @@ import shutil
 import pytest
 import torch
 
-import checks
+from commands import checks
+from support import flags
 import merge
-import models
+from bases import generator
 import train
 from conftest import contents, launch, launch_process, small
 

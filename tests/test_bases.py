@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from test_models import FAMILIES, draw, guided, names, prompts_of, shaken  # noqa: F401: names and guided are the fixtures that build the bases
 
 import eval as evaluation
+from support import flags
+from commands import picture_sets
 import merge
-import models
+import bases
+from bases import sit
 import prompting
-import runtime
-import sit
-import weights
+from support import files
+from bases import tensors
 
 EVERYTHING = ("--device cpu --iterations 3 --prompts_per_step 2 --group_size 4 --select window --keep 3 --steps 4 --window 0:2 --updates 2 --nearest 2 --lr 0.01 "
               "--warmup 0 --eval_images 20 --eval_steps 2 --eval_every 3 --save_every 1 --snapshot_every 3 --reward jpeg:1 --diversity_features latents "
@@ -49,7 +51,7 @@ def test_a_base_trains_and_what_is_saved_draws_the_same(trained, names, family, 
     assert len(rows) == 4 and all(row["ratio_error"] <= 1e-6 and row["grad_norm"] > 0 for row in rows[1:]) and rows[3]["kl"] > 0
     judged = {"accuracy"} if family == "tiny" else {"reward_jpeg"}
     assert all(f"eval/{name}" in row for name in judged | {"vendi", "distance"} for row in (rows[0], rows[3]))
-    base, tuned, texts = models.load(names[family]), models.load(run / "model"), prompts_of(family)
+    base, tuned, texts = bases.load(names[family]), bases.load(run / "model"), prompts_of(family)
     before, after = base.network.state_dict(), tuned.network.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed
@@ -58,7 +60,7 @@ def test_a_base_trains_and_what_is_saved_draws_the_same(trained, names, family, 
         if family in ("sit", "edm2"):
             base.save(run / "base")
         folder = str(run / "base") if family in ("sit", "edm2") else names[family]
-        _, (view,) = weights.open_checkpoints([str(run / "lora" / "pytorch_lora_weights.safetensors")], folder)
+        _, (view,) = tensors.open_checkpoints([str(run / "lora" / "pytorch_lora_weights.safetensors")], folder)
         assert changed <= {*view}                                        # what the last block makes of the words, no picture sees
         for name in view:
             torch.testing.assert_close(view[name], after[name], rtol=1e-5, atol=1e-6)
@@ -70,7 +72,7 @@ def test_plain_diffusers_loads_the_lora(trained, names, family):  # noqa: F811
     pytest.importorskip("peft")
     from test_models import noise, stock_pipeline
     run = trained(family, *LORA)
-    pipe, tuned = stock_pipeline(names[family]), models.load(run / "model")
+    pipe, tuned = stock_pipeline(names[family]), bases.load(run / "model")
     pipe.load_lora_weights(run / "lora")
     stock = pipe(prompts_of(family)[:2], latents=noise(tuned.shape, 2), num_inference_steps=3, guidance_scale=1.0, output_type="latent").images
     torch.testing.assert_close(draw(tuned, prompts_of(family)[:2], 3), stock, rtol=1e-3, atol=1e-4)
@@ -79,16 +81,16 @@ def test_plain_diffusers_loads_the_lora(trained, names, family):  # noqa: F811
 def test_training_stopped_and_started_again_is_the_same_with_a_lora(trained, names, tmp_path, monkeypatch):  # noqa: F811
     whole = trained("sd1", *LORA)
     argv = [*EVERYTHING, "--model", names["sd1"], "--out", str(tmp_path / "run"), "--prompts", str(whole.parent / "prompts.jsonl"), *LORA]
-    save = runtime.save_checkpoint
+    save = files.save_checkpoint
 
     def killed(out, step, *rest):
         save(out, step, *rest)
         if step == 2:
             raise KeyboardInterrupt
-    monkeypatch.setattr(runtime, "save_checkpoint", killed)
+    monkeypatch.setattr(files, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         launch(argv)
-    monkeypatch.setattr(runtime, "save_checkpoint", save)
+    monkeypatch.setattr(files, "save_checkpoint", save)
     launch(argv)
     assert read_metrics(tmp_path / "run") == read_metrics(whole)
     a, b = (load_file(run / "lora" / "pytorch_lora_weights.safetensors") for run in (tmp_path / "run", whole))
@@ -137,17 +139,17 @@ def test_edm2_trains_is_merged_and_drawn_under_its_guide(guided, tmp_path, capsy
     assert "error: --guidance 1: leaves the guide" in capsys.readouterr().err
     launch(argv)
     assert all(row["ratio_error"] <= 1e-6 and row["grad_norm"] > 0 for row in read_metrics(tmp_path / "run")[1:])
-    base, tuned, guide = models.load(name), models.load(tmp_path / "run" / "model"), load_file(tmp_path / "conditional.safetensors")
+    base, tuned, guide = bases.load(name), bases.load(tmp_path / "run" / "model"), load_file(tmp_path / "conditional.safetensors")
     assert all(torch.equal(tensor, guide[name]) for name, tensor in tuned.guide_network.state_dict().items())
     assert not torch.equal(draw(tuned, ["3"], 3), draw(base, ["3"], 3))
     merge.main(["average", *map(str, sorted((tmp_path / "run" / "snapshots").glob("*"))), "--coefficients", "0,0,1", "--out", str(tmp_path / "merged")])
-    merged = models.load(tmp_path / "merged")                            # the snapshots name their base, guide and all
+    merged = bases.load(tmp_path / "merged")                            # the snapshots name their base, guide and all
     assert torch.equal(draw(merged, ["3"], 3, 2.0), draw(tuned, ["3"], 3, 2.0))
     evaluation.main(["images", name, "--n", "2", "--prompts", str(prompts), "--steps", "3", "--guidance", "2", "--device", "cpu",
                      "--out", str(tmp_path / "pictures.npz")])
-    drawn = evaluation.generate(base, prompting.read_prompts(prompts), 1, 3, 2.0, 0, 2)
+    drawn = picture_sets.generate(base, prompting.read_prompts(prompts), 1, 3, 2.0, 0, 2)
     with np.load(tmp_path / "pictures.npz") as file:
-        assert np.array_equal(file["arr_0"], runtime.to_uint8(drawn).permute(0, 2, 3, 1).numpy())
+        assert np.array_equal(file["arr_0"], files.to_uint8(drawn).permute(0, 2, 3, 1).numpy())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

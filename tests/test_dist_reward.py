@@ -4,8 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from dist_reward import (KernelReplace, SubsetReplace, bend_factors, frechet_distance, kernel_sums, moments, price_groups, quadratic_form,
-                         trace_root_change)
+from dist_reward import KernelReplace, SubsetReplace, bend_factors, frechet_distance, kernel_sums, moments, price_groups, quadratic_form, trace_root_change
 
 HOWS = "exact", "quadratic", "potential"
 

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 import dist_reward
-import rewards
+from rewards import classifier
+from support import flags
 import train
 from conftest import launch, launch_process, read_metrics, read_weights, small
 from test_train import LONG, agree, at_call, assert_equal_runs, killed, spy
@@ -63,7 +64,7 @@ def test_the_distance_of_fresh_pictures_is_logged_in_the_features_trained_on(tin
     made = []
     at_call(monkeypatch, train.evaluation, "generate", 2, lambda images, args: made.append(images) or images)
     launch(small(tiny, tmp_path / "run", *FID, "--iterations", 1))
-    real, network = np.load(tiny / "reward" / "real.npz"), rewards.load_classifier(tiny / "reward")
+    real, network = np.load(tiny / "reward" / "real.npz"), classifier.load_classifier(tiny / "reward")
     row = read_metrics(tmp_path / "run")[-1]
     f = network.features(made[0])
     assert row["eval/fid_trained"] == pytest.approx(dist_reward.frechet_distance(*dist_reward.moments(f), real["mu"], real["sigma"]), rel=1e-4)
@@ -92,7 +93,7 @@ def test_kid_against_a_folder_of_pictures(tiny, tmp_path, pictures):
     flags = ["--reward", "kid", "--reference", 16, "--target", pictures, *LONG]
     launch(small(tiny, tmp_path / "whole", *flags))
     rows, real = read_metrics(tmp_path / "whole"), [np.asarray(Image.open(p)) / 255 for p in sorted(pictures.iterdir())]
-    network = rewards.load_classifier(tiny / "reward")
+    network = classifier.load_classifier(tiny / "reward")
     y = network.features(torch.tensor(np.stack(real), dtype=torch.float32)[:, None]).double()
     x = reference(tmp_path / "whole")["reference.features"].double()
     k = lambda a, b: (a @ b.T / 64 + 1) ** 3

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-import edm2
-from edm2 import EDM2, Block, Fourier, Layer
+from bases import edm2
+from bases import edm2_pickle
+from bases.edm2 import EDM2, Block, Fourier, Layer
 
 SMALL = dict(img_resolution=8, img_channels=2, label_dim=3, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
              channels_per_head=8)
@@ -525,7 +526,7 @@ def write(path, thing, protocol=4):
 def refusal(path, *arguments):
     """The message with which check refuses a file; it must be one line that begins with the file's name, and load's and read_pickle's too."""
     messages = []
-    for function, more in ((edm2.check, arguments), (edm2.load, arguments), (edm2.read_pickle, ())):
+    for function, more in ((edm2.check, arguments), (edm2.load, arguments), (edm2_pickle.read_pickle, ())):
         with pytest.raises(ValueError) as error:
             function(path, *more)
         messages.append(str(error.value))
@@ -538,7 +539,7 @@ def refusal(path, *arguments):
 def test_a_snapshot_gives_its_state_dict_and_its_arguments(tmp_path, arguments, protocol):
     network, (x, sigma, labels) = build(arguments), inputs(arguments)
     path = write(tmp_path / "a.pkl", snapshot(network), protocol)
-    expected, state = network.state_dict(), edm2.read_pickle(path)
+    expected, state = network.state_dict(), edm2_pickle.read_pickle(path)
     assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
     assert edm2.check(path)[1] == arguments
     loaded = edm2.load(path)
@@ -552,7 +553,7 @@ def test_a_snapshot_gives_its_state_dict_and_its_arguments(tmp_path, arguments, 
 def test_every_float_type_is_read_and_becomes_float32(tmp_path, dtype):
     network = build()
     path = write(tmp_path / "a.pkl", snapshot(network, lambda name, tensor: tensor.to(dtype)))
-    state, loaded = edm2.read_pickle(path), edm2.load(path).state_dict()
+    state, loaded = edm2_pickle.read_pickle(path), edm2.load(path).state_dict()
     for name, tensor in network.state_dict().items():
         assert state[name].dtype == dtype and torch.equal(state[name], tensor.to(dtype))
         assert loaded[name].dtype == torch.float32 and torch.equal(loaded[name], tensor.to(dtype).float())
@@ -565,7 +566,7 @@ def test_strides_and_offsets_of_the_file_are_followed(tmp_path):
             return tensor.to(memory_format=torch.channels_last) if "res0" in name else second
         return tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
     network = build()
-    state = edm2.read_pickle(write(tmp_path / "a.pkl", snapshot(network, view)))
+    state = edm2_pickle.read_pickle(write(tmp_path / "a.pkl", snapshot(network, view)))
     assert all(torch.equal(state[name], tensor) and state[name].is_contiguous() for name, tensor in network.state_dict().items())
 
 
@@ -575,14 +576,14 @@ def test_none_and_non_persistent_entries_are_no_part_of_the_state_dict(tmp_path)
     top["_buffers"] |= {"scratch": torch.zeros(3), "nothing": None}
     top["_parameters"]["bias"] = top["_modules"]["absent"] = None
     top["_non_persistent_buffers_set"].add("scratch")
-    assert edm2.read_pickle(write(tmp_path / "a.pkl", tree)).keys() == build().state_dict().keys()
+    assert edm2_pickle.read_pickle(write(tmp_path / "a.pkl", tree)).keys() == build().state_dict().keys()
     top["_non_persistent_buffers_set"].clear()
     assert "scratch" in refusal(write(tmp_path / "a.pkl", tree))
 
 
 def test_the_top_may_be_an_easydict(tmp_path):
     tree = sys.modules["dnnlib.util"].EasyDict(snapshot(build()))
-    assert edm2.read_pickle(write(tmp_path / "a.pkl", tree)).keys() == build().state_dict().keys()
+    assert edm2_pickle.read_pickle(write(tmp_path / "a.pkl", tree)).keys() == build().state_dict().keys()
 
 
 def test_arrays_of_either_numpy_are_passed_over(tmp_path, monkeypatch):
@@ -591,7 +592,7 @@ def test_arrays_of_either_numpy_are_passed_over(tmp_path, monkeypatch):
     exec("def _reconstruct(*args):\n    raise SystemExit", old.__dict__)
     monkeypatch.setitem(sys.modules, "numpy.core.multiarray", old)
     evil = Reduce(old._reconstruct, (np.ndarray, (0,), b"b"), (1, (2,), np.dtype("f4"), False, b"12345678"))
-    state = edm2.read_pickle(write(tmp_path / "a.pkl", beside([evil, np.ones(3), np.float64(2), np.random.rand(4, 4).T])))
+    state = edm2_pickle.read_pickle(write(tmp_path / "a.pkl", beside([evil, np.ones(3), np.float64(2), np.random.rand(4, 4).T])))
     assert state.keys() == build().state_dict().keys()
 
 
@@ -728,7 +729,7 @@ def test_a_zip_of_torch_is_no_storage(tmp_path, marker):
 def test_the_embedded_source_never_runs(tmp_path, marker):
     tree = snapshot(build())
     tree["ema"].meta["module_src"] = f"open({str(marker)!r}, 'w').close()"
-    assert edm2.read_pickle(write(tmp_path / "a.pkl", tree)).keys() == build().state_dict().keys()
+    assert edm2_pickle.read_pickle(write(tmp_path / "a.pkl", tree)).keys() == build().state_dict().keys()
     assert not marker.exists()
     with pytest.raises(SystemExit):                                      # while the stand-in does run what it is given
         pickle.loads(pickle.dumps(Persistent("Module", {})))
@@ -737,18 +738,18 @@ def test_the_embedded_source_never_runs(tmp_path, marker):
 def test_an_admitted_name_is_no_gadget(tmp_path, marker):
     """Only stand-ins are called, so neither these calls nor attributes set on what they make (or on themselves) have any effect."""
     load, rebuild = torch.storage._load_from_bytes, torch._utils._rebuild_tensor_v2
-    defaults, hooks = rebuild.__defaults__, dict(edm2.Inert.__dict__)
+    defaults, hooks = rebuild.__defaults__, dict(edm2_pickle.Inert.__dict__)
     payload = pickle.dumps(Reduce(*touch(marker)))
     source = {"module_src": f"open({str(marker)!r}, 'w')"}
     refusal(write(tmp_path / "a.pkl", at_top(Reduce(load, (payload,)))))
     refusal(write(tmp_path / "a.pkl", at_top(Reduce(OrderedDict, ([("_modules", 1)],)))))
     for evil in (Reduce(load, (payload,)), Reduce(sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (source,))):
-        edm2.read_pickle(write(tmp_path / "a.pkl", beside(evil)))        # beside the network: skipped unread
+        edm2_pickle.read_pickle(write(tmp_path / "a.pkl", beside(evil)))        # beside the network: skipped unread
     for names in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n"):
         defaults_ = b"}X\x0c\x00\x00\x00__defaults__K\x01s"
         for state in (defaults_, b"N" + defaults_ + b"\x86", b"N}X\x08\x00\x00\x00__init__K\x01s\x86"):
             refusal(write(tmp_path / "a.pkl", b"\x80\x02" + names + state + b"b."))
-    assert rebuild.__defaults__ == defaults and dict(edm2.Inert.__dict__) == hooks
+    assert rebuild.__defaults__ == defaults and dict(edm2_pickle.Inert.__dict__) == hooks
 
 
 def nested(depth):

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 import eval as evaluation
+from commands import picture_sets
 import rewards
+from rewards import classifier
 from dist_reward import frechet_distance, moments, sqrt_psd
-from eval import mean_distance, vendi_score
+from rewards.metrics import mean_distance, vendi_score
 from prompting import Prompt
 from sampling import FLOW
 
@@ -147,7 +149,7 @@ def folder(tmp_path):
     """A model folder with a random classifier."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = rewards.Classifier(2)
+        model = classifier.Classifier(2)
     with torch.no_grad():
         model.head[1].weight.mul_(150)                                   # so that some log-probabilities pass the floor
     (tmp_path / "reward").mkdir()
@@ -172,7 +174,7 @@ def test_rewards_by_their_definitions(folder):
         naive = {"class": max(math.log(p), -6.0), "margin": math.log(p) - math.log(1 - p), "ink": 10 * p * IMAGES[i].double().mean().item()}
         for name, value in naive.items():
             assert terms[name].shape == (len(LABELS),) and terms[name][i].item() == pytest.approx(value, rel=1e-3, abs=1e-4)
-    assert (terms["class"] == rewards.FLOOR).any() and (terms["class"] > rewards.FLOOR).any()
+    assert (terms["class"] == classifier.FLOOR).any() and (terms["class"] > classifier.FLOOR).any()
 
 
 def test_a_reward_does_not_depend_on_batch_and_order(folder):
@@ -200,7 +202,7 @@ def test_a_reward_that_is_not_finite_is_an_error_with_its_name(folder, name, bad
 
 
 def test_a_reward_of_a_wrong_shape_is_an_error(folder, monkeypatch):
-    monkeypatch.setitem(rewards.NAMES, "ink", lambda logits, labels, images: logits)
+    monkeypatch.setitem(classifier.NAMES, "ink", lambda logits, labels, images: logits)
     with pytest.raises(FloatingPointError, match=r"the reward ink returned the shape \(8, 10\)"):
         rewards.Reward("class,ink", folder)(IMAGES, PROMPTS, METADATA)
 
@@ -224,7 +226,7 @@ def test_labels_are_checked_by_line():
 # The evaluation as a whole.
 
 def test_scores_by_their_definitions(folder):
-    evaluator = rewards.load_classifier(folder / "reward")
+    evaluator = classifier.load_classifier(folder / "reward")
     labels = [3, evaluator(IMAGES)[5].argmin().item()]                   # 2 prompts, 4 pictures each; the second finds the floor
     real_features = randn(80, 64, seed=2)
     mu, sigma = moments(real_features)
@@ -259,7 +261,7 @@ class Blend:
 
 def test_pictures_are_a_function_of_seed_and_number():
     prompts = [Prompt("coat"), Prompt("bag")]
-    make = lambda n=3, seed=0, batch=100, guidance=1.0, prompts=prompts: evaluation.generate(Blend(), prompts, n, 4, guidance, seed, batch)
+    make = lambda n=3, seed=0, batch=100, guidance=1.0, prompts=prompts: picture_sets.generate(Blend(), prompts, n, 4, guidance, seed, batch)
     images = make()
     assert images.shape == (6, 3, 4, 4) and images.dtype == torch.float32
     for batch in (1, 4):

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-import checks
-import compare
+from commands import checks
+from commands import compare
 import eval as evaluation
-import metrics
-import models
-import picture_sets
-import runtime
+from rewards import metrics
+import bases
+from bases import files as base_files
+from commands import picture_sets
+from support import files
 from conftest import ROOT, build_model, contents, files_up_to, launch, launch_process, small
 from dist_reward import KernelReplace, frechet_distance, moments
 from prompting import read_prompts
@@ -319,8 +320,8 @@ def test_a_folder_and_an_npz_hold_the_pictures_of_generate(tiny, tmp_path, capsy
     for name in ("set", "set.npz"):
         command("images", tiny, "--n", 30, "--out", tmp_path / name, "--seed", 3, "--guidance", 1.5, *STEPS)
         assert "30 pictures of 10 prompts" in capsys.readouterr().out
-    model, prompts = models.load(tiny), read_prompts(tiny / "eval_prompts.jsonl")
-    expected = runtime.to_uint8(evaluation.generate(model, prompts, 3, 2, 1.5, seed=3, batch=500)).permute(0, 2, 3, 1).numpy()
+    model, prompts = bases.load(tiny), read_prompts(tiny / "eval_prompts.jsonl")
+    expected = files.to_uint8(picture_sets.generate(model, prompts, 3, 2, 1.5, seed=3, batch=500)).permute(0, 2, 3, 1).numpy()
     folder, packed = pixels_of(tmp_path / "set"), pixels_of(tmp_path / "set.npz")
     assert np.array_equal(folder, packed) and packed.shape == (30, 28, 28, 3)
     same(packed, expected)
@@ -370,7 +371,7 @@ def test_pictures_of_another_model_in_the_same_place_are_not_taken_for_its_own(t
     shutil.copytree(tiny, tmp_path / "model")
     argv = ["images", tmp_path / "model", "--n", 10, "--out", tmp_path / name, *STEPS]
     command(*argv)
-    ours, other = (models.network_files(folder)[0] for folder in (tmp_path / "model", build_model(tmp_path / "other", seed=5)))
+    ours, other = (base_files.network_files(folder)[0] for folder in (tmp_path / "model", build_model(tmp_path / "other", seed=5)))
     before, kept = ours.stat(), ours.read_bytes()
     ours.write_bytes(other.read_bytes())
     os.utime(ours, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -428,7 +429,7 @@ def test_a_full_disk_ends_with_one_line_and_the_set_goes_on(tiny, tmp_path, caps
 @pytest.mark.parametrize("after", [1, 3, 4])                             # the first write is the json's, the fifth of an npz its assembly
 def test_interrupted_and_resumed_is_uninterrupted(tiny, tmp_path, monkeypatch, name, after, capsys):
     command("images", tiny, "--n", 30, "--out", tmp_path / "whole" / name, "--batch", 10, *STEPS)
-    argv, write, done = ["images", tiny, "--n", 30, "--out", tmp_path / "cut" / name, *STEPS], runtime.write_atomic, []
+    argv, write, done = ["images", tiny, "--n", 30, "--out", tmp_path / "cut" / name, *STEPS], files.write_atomic, []
 
     def stops(path, content):
         if len(done) == after:
@@ -436,11 +437,11 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, tmp_path, monkeypatch, n
             raise KeyboardInterrupt
         done.append(path)
         write(path, content)
-    monkeypatch.setattr(runtime, "write_atomic", stops)
+    monkeypatch.setattr(files, "write_atomic", stops)
     with pytest.raises(KeyboardInterrupt):
         command(*argv, "--batch", 10)
     assert not str(name).endswith("npz") or not (tmp_path / "cut" / name).exists()
-    monkeypatch.setattr(runtime, "write_atomic", write)
+    monkeypatch.setattr(files, "write_atomic", write)
     drawn, stream = [], picture_sets.stream
     monkeypatch.setattr(picture_sets, "stream", lambda model, prompts, n, which, *rest: drawn.extend(which) or stream(model, prompts, n, which, *rest))
     command(*argv, "--batch", 7)                                         # other batches may go on
@@ -450,7 +451,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, tmp_path, monkeypatch, n
     assert contents(tmp_path / "cut").keys() == contents(tmp_path / "whole").keys()
     capsys.readouterr()
     before = contents(tmp_path)
-    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(bases, "load", lambda *args: pytest.fail("the model was loaded again"))
     command(*argv)
     assert "already complete" in capsys.readouterr().out and contents(tmp_path) == before
 
@@ -512,8 +513,8 @@ def test_the_score_is_what_training_logs(tiny, sets, tmp_path):
     """From the same functions: only the rounding of pictures to bytes is between them."""
     command("score", sets / "set", "--device", "cpu", *RESAMPLES, "--out", tmp_path / "s.json")
     found = numbers(tmp_path / "s.json")[str(sets / "set")]
-    model, prompts, judge = models.load(tiny), read_prompts(tiny / "eval_prompts.jsonl"), evaluation.Judge(tiny, "evaluator")
-    images = runtime.to_uint8(evaluation.generate(model, prompts, 8, 2, 1.0, 0, 500)) / 255
+    model, prompts, judge = bases.load(tiny), read_prompts(tiny / "eval_prompts.jsonl"), evaluation.Judge(tiny, "evaluator")
+    images = files.to_uint8(picture_sets.generate(model, prompts, 8, 2, 1.0, 0, 500)) / 255
     logged = evaluation.score(images, [p.metadata["label"] for p in prompts], judge.network, judge.real)
     for name, value in logged.items():
         assert found[name]["value"] == pytest.approx(value, rel=1e-4), name

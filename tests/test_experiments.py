@@ -17,7 +17,7 @@ import cost
 import distribution
 import evidence
 import merging
-import models
+import bases
 import results
 import train
 from conftest import ROOT, launch, read_metrics
@@ -34,17 +34,17 @@ def test_the_embedded_base_is_small_whole_and_free_of_code():
     assert {f.suffix for f in files} == {".json", ".jsonl", ".safetensors", ".npz"}
     with safe_open(TINY / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as weights:
         assert 2e6 < sum(int(np.prod(weights.get_slice(k).get_shape())) for k in weights.keys()) < 4e6
-    assert models.check(TINY) == TINY
+    assert bases.check(TINY) == TINY
 
 
 def test_a_prompt_of_the_embedded_base_says_what_is_drawn():
     """Brightness is not part of any reward: words alone must change it."""
     import eval as evaluation
     from prompting import Prompt
-    from rewards import load_classifier
-    model, judge = models.load(TINY), load_classifier(TINY / "evaluator")
+    from rewards.classifier import load_classifier
+    model, judge = bases.load(TINY), load_classifier(TINY / "evaluator")
     prompts = [Prompt("photo of a dark bag"), Prompt("photo of a light bag"), Prompt("picture of trousers"), Prompt("a boot")]
-    images = evaluation.generate(model, prompts, 12, 10, 1.5, seed=3, batch=48)
+    images = picture_sets.generate(model, prompts, 12, 10, 1.5, seed=3, batch=48)
     brightness = images.mean((1, 2, 3)).reshape(4, 12).mean(1)
     assert brightness[1] > brightness[0] + 0.15
     drawn = judge(images).argmax(1).reshape(4, 12)
@@ -260,7 +260,7 @@ def test_the_cost_of_a_row_is_measured(tmp_path, flags):
     sample, train_, memory = cost.measure({"prompts_per_step": 2, "group_size": 4, "nearest": 2, "steps": 4, "window": "0:2"} | flags, tmp_path)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert 0 < sample < 60 and 0 < train_ < 60 and 0.1 < memory < 20 and all(config[name] == value for name, value in flags.items() if name in config)
-    assert "pixels" not in flags or models.load(str(tmp_path / "base")).shape == (4, 8, 8)
+    assert "pixels" not in flags or bases.load(str(tmp_path / "base")).shape == (4, 8, 8)
 
 
 def test_every_row_of_the_cost_is_a_command_that_train_accepts(capsys, tmp_path):

@@ -16,8 +16,9 @@ from PIL import Image
 
 from conftest import ROOT, launch_process, small
 from dist_reward import frechet_distance, moments
-from features import check_features, check_target, corner_bilinear, load_features, load_target, open_pool, target_path
-from rewards import load_classifier
+from rewards.features import check_features, corner_bilinear, load_features
+from rewards.targets import check_target, load_target, open_pool, target_path
+from rewards.classifier import load_classifier
 
 TINY = ROOT / "assets" / "tiny"
 BLANK = torch.zeros(1, 3, 28, 28)
@@ -632,17 +633,15 @@ def test_too_few_members_for_the_quadratic_price_of_a_function_of_ones_own(own, 
 
 
 SHARED = """
-import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import numpy as np
-import torch
-import runtime
-from features import load_features, load_target
-device = runtime.start("cpu")
+from support import processes
+from rewards.features import load_features
+from rewards.targets import load_target
+device = processes.start("cpu")
 mu, sigma, features = load_target(Path({path!r}), load_features("reward", {tiny!r}, device), torch.zeros(1, 3, 28, 28))
-np.savez(f"{out}-{{runtime.rank()}}.npz", mu=mu, sigma=sigma, features=features)
-runtime.finish()
+np.savez(f"{out}-{{processes.rank()}}.npz", mu=mu, sigma=sigma, features=features)
+processes.finish()
 """
 
 

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-import guards
+from support import guards
+from support import processes
 import train
 from conftest import ROOT, launch, launch_process, read_metrics, small
 
@@ -39,7 +40,7 @@ def test_the_other_processes_hear_who_it_was(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, guards, runtime
-device, rank = runtime.start("cpu"), runtime.rank()
+device, rank = processes.start("cpu"), processes.rank()
 
 def two():
     guards.check_finite(6, {{"a latent": torch.ones(2), "a log-prob": torch.ones(2) / (1 - rank)}}, device)
@@ -58,7 +59,7 @@ for mistake in (two, three, four):
         mistake()
     except Exception as error:
         print(f"{{rank}} {{type(error).__name__}} {{error}}\\n", end="", flush=True)
-runtime.finish()
+processes.finish()
 """)
     code, out, error = launch_process([], 2, script=tmp_path / "two.py")
     assert code == 0, error

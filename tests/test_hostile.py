@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rewards import targets
 import eval as evaluation
-import features
 import merge
-import models
-import runtime
+from bases import files as base_files
+from support import processes
 import test_bad_input
 import test_eval_command
 import test_merge
@@ -142,12 +142,12 @@ PARTS = [  # a file of the model folder, how to write it
 @pytest.fixture(scope="module")
 def good(tiny, tmp_path_factory):
     """Two snapshots that could be merged, and a small CLIP that a head could stand on."""
-    import weights
+    from bases import tensors
     from test_rewards import save_clip
     out = tmp_path_factory.mktemp("good")
-    base = weights.Weights(models.network_files(tiny))
+    base = tensors.Weights(base_files.network_files(tiny))
     for iteration in (1, 2):
-        weights.save_snapshots(out, iteration, {n: base[n] for n in base if "attn" in n}, {}, tiny, 9)
+        tensors.save_snapshots(out, iteration, {n: base[n] for n in base if "attn" in n}, {}, tiny, 9)
     one, two = sorted((out / "snapshots").iterdir())
     return {"tiny": tiny, "one": one, "two": two, "clip": save_clip(out / "clip", projection=768)}
 
@@ -210,7 +210,7 @@ def test_a_hostile_part_of_a_model_folder_is_refused(good, tmp_path, refused, na
 def test_a_hostile_checkpoint_is_refused_and_the_one_before_serves(tiny, tmp_path, capfd, file, write):
     argv, marker = small(tiny, tmp_path / "run", "--iterations", 3), tmp_path / "marker"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.Interrupt, "asked", lambda self, device: len(list((tmp_path / "run").glob("checkpoint-*"))) == 1)
+        patch.setattr(processes.Interrupt, "asked", lambda self, device: len(list((tmp_path / "run").glob("checkpoint-*"))) == 1)
         launch(argv)
     shutil.copytree(tmp_path / "run" / "checkpoint-00002", tmp_path / "whole")
     (tmp_path / "run" / "checkpoint-00002" / file).unlink()
@@ -241,15 +241,15 @@ def test_the_traps_are_armed(tmp_path):
 
 def test_a_large_file_that_is_honest_is_read(tmp_path, monkeypatch):
     """Pictures pack to a tenth at most: the limits concern what is both large and empty."""
-    monkeypatch.setattr(features, "LARGE", 10_000)
+    monkeypatch.setattr(targets, "LARGE", 10_000)
     noise = np.random.default_rng(0).integers(0, 256, (99, 28, 28), np.uint8)
     (tmp_path / "noise.gz").write_bytes(gzip.compress(b"\0\0\x08\3" + struct.pack(">3I", *noise.shape) + noise.tobytes()))
-    assert np.array_equal(features.read_idx(tmp_path / "noise.gz"), noise)
+    assert np.array_equal(targets.read_idx(tmp_path / "noise.gz"), noise)
     np.savez_compressed(tmp_path / "noise.npz", x=noise)
-    features.check_npz(tmp_path / "noise.npz", "x")
+    targets.check_npz(tmp_path / "noise.npz", "x")
     np.savez_compressed(tmp_path / "empty.npz", x=0 * noise)
     with pytest.raises(ValueError, match="would unpack"):
-        features.check_npz(tmp_path / "empty.npz", "x")
+        targets.check_npz(tmp_path / "empty.npz", "x")
 
 
 @pytest.mark.parametrize("facts, naming", [({"iteration": "first", "sigma_rel": "0.05"}, "of iteration first"),

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from test_models import FAMILIES, TEXTS, draw, names, noise, prompts_of, stock_pipeline  # noqa: F401  (names is a fixture)
 from torch import nn
 
-import lora
-import models
-import weights
+from bases import lora
+import bases
+from bases import files as base_files
+from bases import tensors
 from sampling import Policy, log_prob, rollout
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed; diffusers needs it to load a LoRA")
@@ -24,7 +25,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 def with_lora(names):
     """family -> the base with a LoRA, its parameters, and inputs; B is random if `learned`."""
     def make(family, learned=True, rank=3, alpha=6.0, **more):
-        model = models.load(names[family], **more)
+        model = bases.load(names[family], **more)
         parameters = lora.add_lora(model.network, rank, alpha, seed=1)
         if learned:
             learn(parameters)
@@ -53,7 +54,7 @@ def forward(model, family):
 
 @every_family
 def test_at_first_and_when_off_it_is_the_base(names, with_lora, family):
-    base = forward(models.load(names[family]), family)
+    base = forward(bases.load(names[family]), family)
     model, parameters = with_lora(family, learned=False)
     assert torch.equal(forward(model, family), base)
     learn(parameters)
@@ -89,7 +90,7 @@ def test_only_the_lora_learns(with_lora, family):
 def test_the_start_is_a_function_of_the_seed(names):
     found = []
     for seed in (1, 1, 2):
-        model = models.load(names["sd1"])
+        model = bases.load(names["sd1"])
         torch.manual_seed(len(found))
         found.append(lora.add_lora(model.network, 4, 4, seed=seed))
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
@@ -104,7 +105,7 @@ def test_the_start_is_a_function_of_the_seed(names):
 @every_family
 def test_merged_is_the_same_network_under_the_bases_names(names, with_lora, family):
     model, _ = with_lora(family)
-    base, state = models.load(names[family]), lora.merged(model.network)
+    base, state = bases.load(names[family]), lora.merged(model.network)
     assert state.keys() == base.network.state_dict().keys()
     kept = {n: t.clone() for n, t in model.network.state_dict().items()}
     plain = {n: t.clone() for n, t in base.network.state_dict().items()}
@@ -118,7 +119,7 @@ def test_merged_is_the_same_network_under_the_bases_names(names, with_lora, fami
     for name, layer in lora.changed(model.network).items():                                    # W + alpha / r B A, by hand
         change = 2.0 * layer.lora_B.weight @ layer.lora_A.weight
         assert torch.allclose(state[name + ".weight"], layer.weight + change.reshape(layer.weight.shape), atol=1e-6)
-    untouched = models.load(names[family]).network
+    untouched = bases.load(names[family]).network
     assert all(torch.equal(t, plain[n]) for n, t in lora.merged(untouched).items())
 
 
@@ -126,7 +127,7 @@ def test_merged_is_the_same_network_under_the_bases_names(names, with_lora, fami
 def test_a_model_with_a_lora_is_saved_merged(with_lora, family, tmp_path):
     model, _ = with_lora(family)
     model.save(tmp_path / "m")
-    again = models.load(tmp_path / "m")
+    again = bases.load(tmp_path / "m")
     state = lora.merged(model.network)
     assert all(torch.equal(t, state[n]) for n, t in again.network.state_dict().items()) and len(state) == len(again.network.state_dict())
 
@@ -158,7 +159,7 @@ def test_the_first_ratio_is_exactly_one(with_lora, family):
 
 @pytest.mark.parametrize("family", ["sd1", "sd3", "edm2"])
 def test_bfloat16_runs(names, family):
-    model = models.load(names[family], precision="bfloat16")
+    model = bases.load(names[family], precision="bfloat16")
     base = forward(model, family)
     parameters = lora.add_lora(model.network, 2, 2)
     assert torch.equal(forward(model, family), base)
@@ -195,9 +196,9 @@ def test_diffusers_draws_the_same_with_the_exported_file(names, with_lora, famil
 def test_merge_reads_the_exported_file(names, with_lora, family, tmp_path):
     model, _ = with_lora(family)
     lora.export(model.network, tmp_path, {"base": "somewhere", "iteration": 3})
-    file = weights.Weights([tmp_path / "pytorch_lora_weights.safetensors"])
+    file = tensors.Weights([tmp_path / "pytorch_lora_weights.safetensors"])
     assert file.facts["base"] == "somewhere" and file.facts["iteration"] == "3"
-    read, state = weights.Lora(file, weights.Weights(models.network_files(names[family]))), lora.merged(model.network)
+    read, state = tensors.Lora(file, tensors.Weights(base_files.network_files(names[family]))), lora.merged(model.network)
     assert set(read) == {name + ".weight" for name in lora.changed(model.network)}
     for name in read:
         assert torch.allclose(read[name], state[name], atol=1e-6) and read.shape(name) == tuple(state[name].shape)
@@ -226,13 +227,13 @@ def test_the_sizes_of_stable_diffusion_1_5():
 
 
 def test_other_layers_can_be_named(names):
-    network = models.load(names["sd1"]).network
+    network = bases.load(names["sd1"]).network
     parameters = lora.add_lora(network, 2, 2, targets=("to_q", "time_emb_proj"))
     assert {n.split(".lora_")[0].rsplit(".", 1)[1] for n in parameters} == {"to_q", "time_emb_proj"}
-    network = models.load(names["edm2"]).network                          # at the weight, a 3 x 3 convolution is one like any other
+    network = bases.load(names["edm2"]).network                          # at the weight, a 3 x 3 convolution is one like any other
     parameters = lora.add_lora(network, 2, 2, targets=("conv_res0", "emb_linear"))
     learn(parameters)
-    x, base = noise((4, 8, 8)), models.load(names["edm2"]).network
+    x, base = noise((4, 8, 8)), bases.load(names["edm2"]).network
     base.load_state_dict(lora.merged(network))
     assert torch.equal(network(x, 1.0), base(x, 1.0))
 
@@ -256,7 +257,7 @@ def test_what_cannot_have_one(names, tmp_path):
     lora.add_lora(network, 2, 2, targets=("to_q",))
     with pytest.raises(ValueError, match="to_q has a LoRA already"):
         lora.add_lora(network, 2, 2, targets=("to_q",))
-    for thing in (network, models.load(names["sd1"]).network):           # of no known family; without a LoRA
+    for thing in (network, bases.load(names["sd1"]).network):           # of no known family; without a LoRA
         with pytest.raises(ValueError, match="cannot be exported"):
             lora.export(thing, tmp_path / "x", {})
     assert not Path(tmp_path / "x").exists()

@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memory
-import sit
+from bases import sit
 from memory import Live, hollow, line, peak
 
 WIDE, HIDDEN, OUT = 24, 40, 8

@@ -19,16 +19,22 @@ from safetensors.torch import load_file, save_file
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
-import compare
+from commands import compare
+from support import flags
+from commands import picture_sets
 import dist_reward
 import eval as evaluation
 import merge
-import models
+import bases
+from bases import files as base_files
+from bases import stable_diffusion
 import prompting
 import rewards
-import runtime
+from rewards import classifier
+from support import files
 import shaping
-import weights
+from bases import tensors
+from support import averages
 from conftest import build_model, contents, files, files_up_to, launch, launch_process, read_metrics, small
 from test_bad_input import rewrite
 from test_models import build_sit
@@ -80,7 +86,7 @@ def test_each_block_has_its_own_row():
 @pytest.mark.parametrize("name, block", [("blocks.0.attn.to_q.weight", "blocks.0"), ("blocks.10.norm.1.bias", "blocks.10"), ("head.weight", "rest"),
                                          ("a.b.3.c.4.d", "a.b.3"), ("proj", "rest"), ("conv1.weight", "rest")])
 def test_a_block_is_a_name_up_to_its_first_number(name, block):
-    assert weights.block_of(name) == block
+    assert tensors.block_of(name) == block
 
 
 @pytest.mark.parametrize("c, largest", [([-3.0, 2.5, 1.5], 1), ([0.2, 0.3, 0.5], 2), ([1.0, 0.0, 0.0], 0), ([[2, -1, 0]] * 4 + [[0, 0, 1]], 2)])
@@ -181,22 +187,22 @@ TIMES, LENGTHS = zip(*itertools.product([0.25, 0.5, 0.75, 1.0], [0.05, 0.1]))
 
 @pytest.mark.parametrize("gamma", [0, 0.1, 1, 6.9357, 16.9731, 100, 1000])
 def test_lengths_and_powers_invert_each_other(gamma):
-    sigma_rel = weights.sigma_rel_of(gamma)
+    sigma_rel = averages.sigma_rel_of(gamma)
     assert sigma_rel == pytest.approx(width(gamma), rel=1e-8)
-    assert weights.gamma_of(sigma_rel) == pytest.approx(gamma, rel=1e-10, abs=1e-10)
-    assert weights.sigma_rel_of(weights.gamma_of(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-10)
+    assert averages.gamma_of(sigma_rel) == pytest.approx(gamma, rel=1e-10, abs=1e-10)
+    assert averages.sigma_rel_of(averages.gamma_of(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-10)
 
 
 def test_the_published_powers():
-    assert weights.gamma_of(0.05) == pytest.approx(16.97, abs=0.01) and weights.gamma_of(0.1) == pytest.approx(6.94, abs=0.01)
-    assert weights.gamma_of(math.sqrt(1 / 12)) == pytest.approx(0, abs=1e-10)
+    assert averages.gamma_of(0.05) == pytest.approx(16.97, abs=0.01) and averages.gamma_of(0.1) == pytest.approx(6.94, abs=0.01)
+    assert averages.gamma_of(math.sqrt(1 / 12)) == pytest.approx(0, abs=1e-10)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.1, 0.28])
 def test_the_average_weighs_the_t_th_by_the_profile_s_integral(sigma_rel):
     values, average, gamma = np.random.default_rng(0).normal(size=50), 123.0, power_of(sigma_rel)
     for t, value in enumerate(values, 1):
-        decay = weights.power_decay(t, sigma_rel)
+        decay = averages.power_decay(t, sigma_rel)
         average = decay * average + (1 - decay) * value
         edges = (np.arange(t + 1) / t) ** (gamma + 1)
         assert average == pytest.approx(np.diff(edges) @ values[:t], rel=1e-9, abs=1e-12)
@@ -206,19 +212,19 @@ def test_the_average_weighs_the_t_th_by_the_profile_s_integral(sigma_rel):
 def test_the_product_of_profiles_is_their_integral(t_a, gamma_a, t_b, gamma_b):
     profile = lambda s, t, gamma: (gamma + 1) / t * (s / t) ** gamma
     right, _ = quad(lambda s: profile(s, t_a, gamma_a) * profile(s, t_b, gamma_b), 0, min(t_a, t_b), epsabs=1e-13, epsrel=1e-12, limit=200)
-    assert float(weights.profile_product(t_a, gamma_a, t_b, gamma_b)) == pytest.approx(right, rel=1e-8)
+    assert float(averages.profile_product(t_a, gamma_a, t_b, gamma_b)) == pytest.approx(right, rel=1e-8)
 
 
 @pytest.mark.parametrize("k", range(len(TIMES)))
 def test_an_average_that_is_there_is_found(k):
-    found = weights.ema_coefficients(TIMES, LENGTHS, LENGTHS[k], TIMES[k])
+    found = averages.ema_coefficients(TIMES, LENGTHS, LENGTHS[k], TIMES[k])
     np.testing.assert_allclose(found, np.eye(len(TIMES))[k], atol=1e-8)
 
 
 @pytest.mark.parametrize("sigma_rel, time", [(0.03, None), (0.07, None), (0.135, None), (0.2, None), (0.08, 0.8), (0.1, 0.6)])
 def test_coefficients_are_the_least_squares_fit_of_the_profile(sigma_rel, time):
     """Against the published formulas written once more, and against a fit to the profiles on a fine grid."""
-    found, K, target = weights.ema_coefficients(TIMES, LENGTHS, sigma_rel, time), len(TIMES), (time or 1.0, power_of(sigma_rel))
+    found, K, target = averages.ema_coefficients(TIMES, LENGTHS, sigma_rel, time), len(TIMES), (time or 1.0, power_of(sigma_rel))
     members = [(t, power_of(length)) for t, length in zip(TIMES, LENGTHS)]
     a, b = np.array([[product(*x, *y) for y in members] for x in members]), np.array([product(*x, *target) for x in members])
     right = np.linalg.solve(a, b)
@@ -233,15 +239,15 @@ def test_coefficients_are_the_least_squares_fit_of_the_profile(sigma_rel, time):
 def test_many_coefficients_are_negative():
     """As published: of 8 x 2 snapshots 8 are negative for 0.135, with an L1 norm of 1.54; 0.03 needs 2.33 and -1.73."""
     times, lengths = zip(*itertools.product(np.arange(1, 9) / 8, [0.05, 0.1]))
-    wide, narrow = (weights.ema_coefficients(times, lengths, sigma_rel) for sigma_rel in (0.135, 0.03))
+    wide, narrow = (averages.ema_coefficients(times, lengths, sigma_rel) for sigma_rel in (0.135, 0.03))
     assert (wide < 0).sum() == 8 and np.abs(wide).sum() == pytest.approx(1.54, abs=0.01)
     assert narrow.max() == pytest.approx(2.33, abs=0.01) and narrow.min() == pytest.approx(-1.73, abs=0.01)
 
 
 def test_the_unit_of_time_and_the_order_do_not_matter():
-    right, order = weights.ema_coefficients(TIMES, LENGTHS, 0.15), np.random.default_rng(0).permutation(len(TIMES))
-    np.testing.assert_allclose(weights.ema_coefficients(np.array(TIMES) * 4000, LENGTHS, 0.15), right, atol=1e-9)
-    np.testing.assert_allclose(weights.ema_coefficients(np.array(TIMES)[order], np.array(LENGTHS)[order], 0.15), right[order], atol=1e-9)
+    right, order = averages.ema_coefficients(TIMES, LENGTHS, 0.15), np.random.default_rng(0).permutation(len(TIMES))
+    np.testing.assert_allclose(averages.ema_coefficients(np.array(TIMES) * 4000, LENGTHS, 0.15), right, atol=1e-9)
+    np.testing.assert_allclose(averages.ema_coefficients(np.array(TIMES)[order], np.array(LENGTHS)[order], 0.15), right[order], atol=1e-9)
 
 
 @pytest.mark.parametrize("sigma_rel, error", [(0.07, 0.02), (0.15, 0.02), (0.2, 0.05)])
@@ -251,12 +257,12 @@ def test_an_average_of_another_length_is_reconstructed(sigma_rel, error):
     averages, saved = {s: np.zeros(5) for s in (0.05, 0.1, sigma_rel)}, []
     for step in range(1, 801):
         for s in averages:
-            decay = weights.power_decay(step, s)
+            decay = averages.power_decay(step, s)
             averages[s] = decay * averages[s] + (1 - decay) * path(step / 800)
         if step % 100 == 0:
             saved += [(step, s, averages[s]) for s in (0.05, 0.1)]
     times, lengths, values = zip(*saved)
-    off = np.linalg.norm(weights.ema_coefficients(times, lengths, sigma_rel) @ np.stack(values) - averages[sigma_rel])
+    off = np.linalg.norm(averages.ema_coefficients(times, lengths, sigma_rel) @ np.stack(values) - averages[sigma_rel])
     assert off < error * min(np.linalg.norm(averages[s] - averages[sigma_rel]) for s in (0.05, 0.1))
 
 
@@ -266,14 +272,14 @@ def view(iteration="", sigma_rel=""):
 
 def test_only_averages_take_part_in_an_average():
     views = [view("10"), view("10", "0.05"), view("10", "0.1"), view(), view("20", "0.05")]
-    found = weights.sweep(views, [0.07, 0.2])
+    found = averages.sweep(views, [0.07, 0.2])
     assert found.shape == (2, 5) and found.dtype == torch.float64
     for row, length in zip(found.numpy(), (0.07, 0.2)):
-        np.testing.assert_allclose(row[[1, 2, 4]], weights.ema_coefficients([10, 10, 20], [0.05, 0.1, 0.05], length), rtol=1e-12)
+        np.testing.assert_allclose(row[[1, 2, 4]], averages.ema_coefficients([10, 10, 20], [0.05, 0.1, 0.05], length), rtol=1e-12)
         assert row[0] == row[3] == 0
-    assert len(weights.sweep(views[:2], [0.07])) == len(weights.sweep(views[3:4], [0.07])) == 0
+    assert len(averages.sweep(views[:2], [0.07])) == len(averages.sweep(views[3:4], [0.07])) == 0
     with pytest.raises(ValueError, match="0.05 of iteration 20"):
-        weights.sweep([*views, views[4]], [0.07])
+        averages.sweep([*views, views[4]], [0.07])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +372,7 @@ def test_the_rivals_are_every_checkpoint_alone_the_mean_and_every_length():
     rows = torch.stack(list(found.values()))
     assert len(found) == 3 + 1 + 2 and torch.equal(rows[:3], torch.eye(3, dtype=torch.float64))
     assert torch.equal(found["uniform average"], torch.full((3,), 1 / 3, dtype=torch.float64))
-    assert torch.equal(rows[4:], weights.sweep(views, [0.07, 0.2])) and [*found][3:] == ["uniform average", "EMA 0.07", "EMA 0.2"]
+    assert torch.equal(rows[4:], averages.sweep(views, [0.07, 0.2])) and [*found][3:] == ["uniform average", "EMA 0.07", "EMA 0.2"]
 
 
 def test_averages_of_two_runs_have_no_third_length():
@@ -400,7 +406,7 @@ def write(path, tensors, **facts):
 def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
     """The file is changed in place after it was opened: the new numbers are found."""
     path = write(tmp_path / "a.safetensors", {"w": torch.arange(3.0), "v": torch.ones(2)}, base="x")
-    opened, raw = weights.Weights([path]), path.read_bytes()
+    opened, raw = tensors.Weights([path]), path.read_bytes()
     with open(path, "r+b") as file:
         file.seek(raw.index(torch.arange(3.0).numpy().tobytes()))
         file.write(torch.tensor([5.0, 6.0, 7.0]).numpy().tobytes())
@@ -408,7 +414,7 @@ def test_a_tensor_is_read_when_it_is_asked_for(tmp_path):
 
 
 def test_several_files_are_one_checkpoint(tmp_path):
-    opened = weights.Weights([write(tmp_path / "1", {"w": torch.ones(1)}), write(tmp_path / "2", {"v": torch.zeros(2)})])
+    opened = tensors.Weights([write(tmp_path / "1", {"w": torch.ones(1)}), write(tmp_path / "2", {"v": torch.zeros(2)})])
     assert [*opened] == ["v", "w"] and len(opened) == 2 and opened["w"].tolist() == [1] and opened["v"].tolist() == [0, 0]
 
 
@@ -419,10 +425,10 @@ def test_a_lora_file_is_its_layer_plus_two_layers_in_a_row(tmp_path, prefix, alp
     g, rank = torch.Generator().manual_seed(0), 2
     draw = lambda *shape: torch.randn(*shape, *([kernel] * 2 if kernel else []), generator=g)
     W, down, up = draw(5, 4), draw(rank, 4), torch.randn(5, rank, *[1] * (2 if kernel else 0), generator=g)
-    base = weights.Weights([write(tmp_path / "base", {"a.1.to_q.weight": W, "a.1.to_q.bias": torch.ones(5), "b.weight": W + 1})])
+    base = tensors.Weights([write(tmp_path / "base", {"a.1.to_q.weight": W, "a.1.to_q.bias": torch.ones(5), "b.weight": W + 1})])
     layer = prefix + "a.1.to_q"
     tensors = {layer + ".lora_A.weight": down, layer + ".lora_B.weight": up} | ({layer + ".alpha": torch.tensor(alpha)} if alpha else {})
-    found = weights.Lora(weights.Weights([write(tmp_path / "lora", tensors)]), base)
+    found = tensors.Lora(tensors.Weights([write(tmp_path / "lora", tensors)]), base)
     assert [*found] == ["a.1.to_q.weight"] and len(found) == 1 and found.shape("a.1.to_q.weight") == tuple(W.shape)
     x = torch.randn(3, 4, *([6, 6] if kernel else []), generator=g)
     apply = F.conv2d if kernel else F.linear
@@ -431,14 +437,14 @@ def test_a_lora_file_is_its_layer_plus_two_layers_in_a_row(tmp_path, prefix, alp
 
 
 def test_a_view_lies_over_its_base(tmp_path):
-    base = weights.Weights([write(tmp_path / "base", {"a": torch.zeros(1), "b": torch.zeros(1), "c": torch.zeros(1)})])
-    over = weights.Over(weights.Weights([write(tmp_path / "part", {"b": torch.ones(1)})]), base, ["a", "b"])
+    base = tensors.Weights([write(tmp_path / "base", {"a": torch.zeros(1), "b": torch.zeros(1), "c": torch.zeros(1)})])
+    over = tensors.Over(tensors.Weights([write(tmp_path / "part", {"b": torch.ones(1)})]), base, ["a", "b"])
     assert [*over] == ["a", "b"] and len(over) == 2 and (over["a"].item(), over["b"].item()) == (0, 1)
 
 
 def test_a_fingerprint_is_of_the_numbers_not_of_their_type(tmp_path):
     part = states(1, torch.float16)[0]
-    mark = lambda tensors: weights.fingerprint(weights.Weights([write(tmp_path / "file", tensors)]))
+    mark = lambda tensors: tensors.fingerprint(tensors.Weights([write(tmp_path / "file", tensors)]))
     assert mark(part) == mark({name: value.float() for name, value in part.items()})
     changed = [part | {"head": part["head"] + 1}, part | {"more": torch.ones(1)}, {("tail" if n == "head" else n): v for n, v in part.items()},
                part | {"blocks.0.w": part["blocks.0.w"].reshape(2, 3)}]
@@ -448,11 +454,11 @@ def test_a_fingerprint_is_of_the_numbers_not_of_their_type(tmp_path):
 def test_snapshots_roll(tiny, tmp_path):
     raw, averages = {"w": torch.ones(2, dtype=torch.bfloat16)}, {0.05: {"w": torch.zeros(2)}, 0.1: {"w": torch.full((2,), 0.5)}}
     for iteration in (9, 99998, 99999, 100000):                          # more digits than the names are padded to
-        weights.save_snapshots(tmp_path, iteration, raw, averages, str(tiny), keep=2)
-    found = {path.name: weights.Weights([path]) for path in (tmp_path / "snapshots").iterdir()}
+        tensors.save_snapshots(tmp_path, iteration, raw, averages, str(tiny), keep=2)
+    found = {path.name: tensors.Weights([path]) for path in (tmp_path / "snapshots").iterdir()}
     assert set(found) == {f"{i}{length}.safetensors" for i in (99999, 100000) for length in ("", "-0.050", "-0.100")}
     assert found["100000-0.050.safetensors"].facts == {
-        "base": str(tiny), "fingerprint": weights.fingerprint(weights.Weights(models.network_files(tiny))), "iteration": "100000", "sigma_rel": "0.05"}
+        "base": str(tiny), "fingerprint": tensors.fingerprint(tensors.Weights(base_files.network_files(tiny))), "iteration": "100000", "sigma_rel": "0.05"}
     assert found["100000.safetensors"].facts["sigma_rel"] == "" and found["100000.safetensors"]["w"].dtype == torch.float32
     assert found["100000-0.100.safetensors"]["w"].tolist() == [0.5, 0.5]
 
@@ -461,7 +467,7 @@ def test_a_half_written_snapshot_does_no_harm(tiny, tmp_path):
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / ".tmp-00003-0.050.safetensors").write_bytes(b"half")
     for iteration in (1, 2):
-        weights.save_snapshots(tmp_path, iteration, {"w": torch.ones(1)}, {}, str(tiny), keep=1)
+        tensors.save_snapshots(tmp_path, iteration, {"w": torch.ones(1)}, {}, str(tiny), keep=1)
     assert (tmp_path / "snapshots" / "00002.safetensors").is_file() and not (tmp_path / "snapshots" / "00001.safetensors").exists()
 
 
@@ -483,7 +489,7 @@ def four(run):
 
 
 def whole(folder):
-    return {name: value.float() for name, value in load_file(models.network_files(folder)[0]).items()}
+    return {name: value.float() for name, value in load_file(base_files.network_files(folder)[0]).items()}
 
 
 def brute(tiny, paths, c):
@@ -502,24 +508,24 @@ def test_folders_snapshots_and_lora_files_go_together(run, tiny, tmp_path):
     raw = run / "snapshots" / "00003.safetensors"
     layer = "transformer_blocks.0.attn.to_q"
     lora = write(tmp_path / "lora.safetensors", {f"transformer.{layer}.lora_A.weight": torch.ones(1, 32), f"transformer.{layer}.lora_B.weight": torch.ones(32, 1)})
-    folder, views = weights.open_checkpoints([str(run / "model"), str(raw), str(lora)])
+    folder, views = tensors.open_checkpoints([str(run / "model"), str(raw), str(lora)])
     base, tuned = whole(tiny), whole(run / "model")
     assert Path(folder) == tiny and all([*v] == sorted(base) for v in views)
     assert views[1].facts["iteration"] == "3" and views[1].facts["sigma_rel"] == ""
     same({name: views[0][name] for name in base}, tuned)
     same({name: views[1][name] for name in base}, base | load_file(raw))
     same({name: views[2][name] for name in base}, base | {layer + ".weight": base[layer + ".weight"] + 1})
-    alone = weights.open_checkpoints([str(lora)], str(tiny))[1][0]
+    alone = tensors.open_checkpoints([str(lora)], str(tiny))[1][0]
     assert [*alone] == [layer + ".weight"]                               # what nobody changes is not merged
-    assert [*weights.open_checkpoints([str(lora), str(raw)])[1][0]] == sorted(load_file(raw))       # and what anybody changes is
+    assert [*tensors.open_checkpoints([str(lora), str(raw)])[1][0]] == sorted(load_file(raw))       # and what anybody changes is
 
 
 def test_the_length_of_an_average_is_also_read_from_its_name(four, tmp_path):
     path = write(tmp_path / "net-0002147-0.050.safetensors", load_file(four[0]))
-    assert weights.open_checkpoints([str(path)], str(Path(weights.Weights([four[0]]).facts["base"])))[1][0].facts == {"iteration": "0002147", "sigma_rel": "0.050"}
+    assert tensors.open_checkpoints([str(path)], str(Path(tensors.Weights([four[0]]).facts["base"])))[1][0].facts == {"iteration": "0002147", "sigma_rel": "0.050"}
     folder = tmp_path / "net-0002147-0.050"                              # a folder made from such a file
-    shutil.copytree(weights.Weights([four[0]]).facts["base"], folder)
-    assert weights.open_checkpoints([str(folder)])[1][0].facts == {"iteration": "0002147", "sigma_rel": "0.050"}
+    shutil.copytree(tensors.Weights([four[0]]).facts["base"], folder)
+    assert tensors.open_checkpoints([str(folder)])[1][0].facts == {"iteration": "0002147", "sigma_rel": "0.050"}
 
 
 LORA_A = {"proj_out.lora_A.weight": torch.ones(2, 32)}
@@ -543,28 +549,28 @@ def test_a_checkpoint_that_does_not_fit_is_refused(run, tiny, tmp_path, what):
     make, naming = DAMAGED[what]
     make(tmp_path / "bad.pt", load_file(run / "snapshots" / "00003.safetensors"))
     with pytest.raises(ValueError, match=f"bad.pt.*{naming}") as error:
-        weights.open_checkpoints([str(run / "snapshots" / "00002.safetensors"), str(tmp_path / "bad.pt")], str(tiny))
+        tensors.open_checkpoints([str(run / "snapshots" / "00002.safetensors"), str(tmp_path / "bad.pt")], str(tiny))
     assert "\n" not in str(error.value)
 
 
 def test_a_snapshot_is_not_put_over_another_base(run, tmp_path):
     other = build_model(tmp_path / "other", seed=5)
     with pytest.raises(ValueError, match="00003.safetensors.*another base.*other"):
-        weights.open_checkpoints([str(run / "snapshots" / "00003.safetensors")], str(other))
+        tensors.open_checkpoints([str(run / "snapshots" / "00003.safetensors")], str(other))
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused(run, tmp_path):
     shutil.copytree(run / "model", tmp_path / "model")
-    file = models.network_files(tmp_path / "model")[0]
+    file = base_files.network_files(tmp_path / "model")[0]
     write(file, {name: value for name, value in load_file(file).items() if name != "proj_out.bias"})
     with pytest.raises(ValueError, match="proj_out.bias"):
-        weights.open_checkpoints([str(run / "snapshots" / "00003.safetensors"), str(tmp_path / "model")])
+        tensors.open_checkpoints([str(run / "snapshots" / "00003.safetensors"), str(tmp_path / "model")])
 
 
 def test_a_base_must_be_named(run, tmp_path):
     path = write(tmp_path / "bare.safetensors", load_file(run / "snapshots" / "00003.safetensors"))
     with pytest.raises(ValueError, match="bare.safetensors.*--model"):
-        weights.open_checkpoints([str(path)])
+        tensors.open_checkpoints([str(path)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,7 +584,7 @@ def coefficients(out):
                                       (["--coefficients=0,0,1,0"], [0, 0, 1, 0])])
 def test_average(four, tiny, tmp_path, flags, c):
     merge.main(["average", *four, *flags, "--out", str(tmp_path / "new" / "merged")])
-    found = models.load(tmp_path / "new" / "merged").network.state_dict()
+    found = bases.load(tmp_path / "new" / "merged").network.state_dict()
     close(found, brute(tiny, four, c))
     if max(c) == 1:
         same(found, whole(tiny) | load_file(four[2]))
@@ -591,8 +597,8 @@ def test_ema_writes_a_folder_for_each_length(four, tiny, tmp_path):
     merge.main(["ema", *four, "--sigma_rel", "0.15", "--out", str(tmp_path / "one")])
     assert {path.name for path in (tmp_path / "many").iterdir()} == {"0.07", "0.15", "config.json"}
     for folder, length in ((tmp_path / "many" / "0.07", 0.07), (tmp_path / "many" / "0.15", 0.15), (tmp_path / "one", 0.15)):
-        c = weights.ema_coefficients([2, 2, 3, 3], [0.05, 0.1, 0.05, 0.1], length)
-        close(models.load(folder).network.state_dict(), brute(tiny, four, c), 1e-6)
+        c = averages.ema_coefficients([2, 2, 3, 3], [0.05, 0.1, 0.05, 0.1], length)
+        close(bases.load(folder).network.state_dict(), brute(tiny, four, c), 1e-6)
 
 
 def test_ema_that_was_killed_makes_the_lengths_that_are_missing(four, tmp_path, monkeypatch, capsys):
@@ -619,9 +625,9 @@ def test_averages_of_two_seeds_are_merged_but_are_no_average(four, tiny, tmp_pat
     """They are of the same iteration and length, so that only `ema` cannot use them."""
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
-    two = [shutil.copy(four[0], tmp_path / "0"), write(tmp_path / "1" / Path(four[0]).name, load_file(four[1]), **weights.Weights([four[0]]).facts)]
+    two = [shutil.copy(four[0], tmp_path / "0"), write(tmp_path / "1" / Path(four[0]).name, load_file(four[1]), **tensors.Weights([four[0]]).facts)]
     merge.main(["average", *map(str, two), "--out", str(tmp_path / "merged")])
-    close(models.load(tmp_path / "merged").network.state_dict(), brute(tiny, [four[0], four[1]], [0.5, 0.5]))
+    close(bases.load(tmp_path / "merged").network.state_dict(), brute(tiny, [four[0], four[1]], [0.5, 0.5]))
     searched = []
     monkeypatch.setattr(merge, "search", lambda args, task, blocks, fixed, *rest: searched.extend(fixed))
     with pytest.raises(SystemExit):                                      # None is what a search that was asked to stop returns
@@ -640,7 +646,7 @@ def test_a_full_disk_ends_a_merge_with_one_line(four, tmp_path, command):
         merge.main(argv)
     assert "\n" not in stop.value.code and len(stop.value.code) < 500
     merge.main(argv)
-    assert models.load(tmp_path / "out" if command == "average" else tmp_path / "out" / "0.2")
+    assert bases.load(tmp_path / "out" if command == "average" else tmp_path / "out" / "0.2")
 
 
 def test_weights_that_do_not_fit_their_config_are_one_line(four, tiny, tmp_path, capsys):
@@ -684,7 +690,7 @@ def test_a_search_leaves_a_model_a_table_and_a_plot(rl, four, tiny, flags):
         assert row["sum_error"] < 1e-12 and len(row["std"]) == blocks and ("reference" in row) == ("fid" in flags)
         assert {name for name in row if name.startswith("reward/")} == {f"reward/{name}" for name in ("fid", "class") if name in flags}
     assert rows[0]["coefficients"] != rows[1]["coefficients"] and rows[0]["coefficients"] != [[0.25] * 4] * blocks
-    c, found = rows[-1]["coefficients"], models.load(out / "model").network.state_dict()
+    c, found = rows[-1]["coefficients"], bases.load(out / "model").network.state_dict()
     parts = [brute(tiny, four, row) for row in c]                        # in order: rest, transformer_blocks.0
     close(found, {name: parts[name.startswith("transformer_blocks.0.") and blocks - 1][name] for name in found})
     if blocks == 2:
@@ -705,11 +711,11 @@ def test_the_table_judges_every_rival_by_fresh_pictures(rl, tiny, four):
     found = table(out)
     assert [name.split(" (")[0].split(" EMA")[0] for name in found] == ["base model", "best single checkpoint", "uniform average", "best post-hoc", "random search", "RL"]
     prompts = prompting.read_prompts(tiny / "eval_prompts.jsonl")
-    reward, evaluator = (rewards.load_classifier(tiny / part) for part in ("reward", "evaluator"))
-    average = models.load(tiny)
+    reward, evaluator = (classifier.load_classifier(tiny / part) for part in ("reward", "evaluator"))
+    average = bases.load(tiny)
     average.network.load_state_dict(brute(tiny, four, [0.25] * 4))
-    for name, model in (("base model", models.load(tiny)), ("RL", models.load(out / "model")), ("uniform average", average)):
-        images = evaluation.generate(model, prompts, 2, 2, 1.0, 1000, 500)
+    for name, model in (("base model", bases.load(tiny)), ("RL", bases.load(out / "model")), ("uniform average", average)):
+        images = picture_sets.generate(model, prompts, 2, 2, 1.0, 1000, 500)
         real = np.load(tiny / "reward" / "real-2.npz")
         scores = evaluation.score(images, [p.metadata["label"] for p in prompts], evaluator, np.load(tiny / "evaluator" / "real-2.npz"))
         assert found[name] == {
@@ -726,7 +732,7 @@ def test_a_reward_that_was_searched_stands_in_the_table_whoever_judges(run, tiny
     for model in (tiny, tmp_path / "model"):
         out = tmp_path / f"out-{model.name}"
         merge.main(["rl", *snapshots, *RL, "--reward", "jpeg", "--updates", "1", "--model", str(model), "--out", str(out)])
-        images = evaluation.generate(models.load(out / "model"), prompting.read_prompts(tiny / "eval_prompts.jsonl"), 2, 2, 1.0, 1000, 500)
+        images = picture_sets.generate(bases.load(out / "model"), prompting.read_prompts(tiny / "eval_prompts.jsonl"), 2, 2, 1.0, 1000, 500)
         expected = rewards.Reward("jpeg", tiny)(images, [""] * len(images), [{}] * len(images))["jpeg"].mean().item()
         assert table(out)["RL"]["reward jpeg"] == pytest.approx(expected, abs=1e-3)
         assert ("accuracy" in table(out)["RL"]) == (model == tiny) and all("reward jpeg" in row for row in table(out).values())
@@ -749,15 +755,15 @@ def test_the_search_pays_the_fall_of_the_distance_by_brute_force(four, tiny, tmp
     monkeypatch.setattr(merge, "policy_step", lambda *args: steps.append([x if isinstance(x, float) else x.clone() for x in args]) or step(*args))
     merge.main(["rl", *four, *RL, "--updates", "2", "--reward", "fid:1,class:0.5", "--out", str(tmp_path / "out")])
     fixed, first, random, second, other_random = asked
-    model, real = models.load(tiny), np.load(tiny / "reward" / "real-1.npz")
-    prompts, network = prompting.read_prompts(tiny / "prompts.jsonl"), rewards.load_classifier(tiny / "reward")
+    model, real = bases.load(tiny), np.load(tiny / "reward" / "real-1.npz")
+    prompts, network = prompting.read_prompts(tiny / "prompts.jsonl"), classifier.load_classifier(tiny / "reward")
     distance = lambda f: dist_reward.frechet_distance(*dist_reward.moments(f), real["mu"], real["sigma"])
 
     def drawn(c, count, key):
         model.network.load_state_dict(brute(tiny, four, c.flatten().tolist()))
-        images = evaluation.pictures(model, prompts, count // 30, range(count), 2, 1.0, key, 500)
+        images = picture_sets.pictures(model, prompts, count // 30, range(count), 2, 1.0, key, 500)
         labels = torch.tensor([p.metadata["label"] for p in prompts]).repeat_interleave(count // 30)
-        return network.features(images), rewards.class_reward(network(images), labels, images).double().mean().item()
+        return network.features(images), classifier.class_reward(network(images), labels, images).double().mean().item()
     for candidates, count, key, members, replaced, terms in asked:
         assert len(replaced) == count == len(set(replaced.tolist()))
         for g in (0, len(candidates) - 1):
@@ -776,7 +782,7 @@ def test_the_search_pays_the_fall_of_the_distance_by_brute_force(four, tiny, tmp
     torch.testing.assert_close(second[3], moved, rtol=1e-4, atol=1e-4)
     assert first[2] != second[2] and random[2] == other_random[2] and len({*first[4].tolist(), *second[4].tolist()}) == 60
     assert not torch.equal(random[0], other_random[0]) and fixed[1] == 60 and len(fixed[0]) == 4 + 1 + 2
-    Q = merge.directions(weights.open_checkpoints(four)[1])
+    Q = merge.directions(tensors.open_checkpoints(four)[1])
     for (mean, log_std, z, advantage, lr), (candidates, *_, terms) in zip(steps, (first, second)):
         torch.testing.assert_close(merge.coefficients_of(z, start, Q), candidates)
         torch.testing.assert_close(z[:2] + z[2:], 2 * mean.expand(2, 1, 3))                   # mirrored pairs
@@ -794,7 +800,7 @@ def test_the_best_of_the_rivals_is_shown(four, tmp_path, monkeypatch):
     merge.main(["rl", *four, *RL, "--reward", "class:1", "--updates", "30", "--group_size", "8", "--out", str(tmp_path / "out")])
     (base, _), (single, c), _, (ema, length), (_, random), (_, found) = shown[0].items()
     assert base == "base model" and "00003-0.100" in single and c.tolist() == [0, 0, 0, 1]
-    sweep = {f"best post-hoc EMA {x}": weights.ema_coefficients([2, 2, 3, 3], [0.05, 0.1, 0.05, 0.1], x) for x in (0.07, 0.15)}
+    sweep = {f"best post-hoc EMA {x}": averages.ema_coefficients([2, 2, 3, 3], [0.05, 0.1, 0.05, 0.1], x) for x in (0.07, 0.15)}
     assert ema == max(sweep, key=lambda name: sweep[name][3] - sweep[name][0])
     np.testing.assert_allclose(length, sweep[ema], atol=1e-9)
     worth = lambda c: float(c.flatten()[3] - c.flatten()[0])
@@ -840,14 +846,14 @@ def test_a_full_disk_ends_a_search_with_one_line(four, tmp_path, monkeypatch):
 
 def test_a_search_holds_no_more_pictures_than_a_batch_or_two(four, tmp_path, monkeypatch):
     """One that is being measured, and one that is being drawn, of the 60 of a rival."""
-    decode, alive, most = models.StableDiffusion3.decode, weakref.WeakSet(), []
+    decode, alive, most = stable_diffusion.StableDiffusion3.decode, weakref.WeakSet(), []
 
     def counted(self, latents):
         images = decode(self, latents).clone()
         alive.add(images)
         most.append(sum(map(len, alive)))
         return images
-    monkeypatch.setattr(models.StableDiffusion3, "decode", counted)
+    monkeypatch.setattr(stable_diffusion.StableDiffusion3, "decode", counted)
     monkeypatch.setattr(merge, "report", lambda *args: "")
     merge.main(["rl", *four, *RL, "--updates", "1", "--reward", "fid:1,class:0.5", "--batch", "7", "--out", str(tmp_path / "out")])
     assert len(most) > 7 * 60 / 7 and 7 <= max(most) <= 14
@@ -855,7 +861,7 @@ def test_a_search_holds_no_more_pictures_than_a_batch_or_two(four, tmp_path, mon
 
 def test_a_prompt_that_is_no_class_leaves_nothing_behind(tmp_path, capsys):
     for name in "ab":
-        models.load(build_sit(tmp_path / f"base-{name}")).save(tmp_path / name)
+        bases.load(build_sit(tmp_path / f"base-{name}")).save(tmp_path / name)
     argv = ["rl", str(tmp_path / "a"), str(tmp_path / "b"), *RL, "--reward", "jpeg", "--updates", "1", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")]
     for text in ("a boot", "goldfish"):
         (tmp_path / "p.txt").write_text(text + "\n")
@@ -917,7 +923,7 @@ def test_more_processes_find_what_one_finds(rl, four, tmp_path, processes, flags
 @pytest.mark.slow
 def test_as_a_command(four, tmp_path):
     code, out, error = launch_process(["average", *four, "--out", str(tmp_path / "out")], script="merge.py")
-    assert code == 0 and "0.2500" in out and models.load(tmp_path / "out"), error
+    assert code == 0 and "0.2500" in out and bases.load(tmp_path / "out"), error
     code, out, error = launch_process(["average", *four, "--out", str(tmp_path / "out")], script="merge.py")
     assert code == 2 and out == "" and len(error.splitlines()) == 1 and "--out" in error
 

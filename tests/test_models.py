@@ -19,11 +19,12 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import edm2
-import guards
-import model_files
-import models
-import sit
+from bases import edm2
+from support import guards
+import bases
+from bases import files as base_files
+from bases import generator
+from bases import sit
 from prompting import noised_prompt
 from sampling import FLOW, Policy, log_prob, predict, rollout, sample
 
@@ -117,7 +118,7 @@ def names(tmp_path_factory, tiny):
 
 @pytest.fixture(scope="session")
 def loaded(names):
-    return {family: models.load(name) for family, name in names.items()}
+    return {family: bases.load(name) for family, name in names.items()}
 
 
 def prompts_of(family, count=3):
@@ -174,7 +175,7 @@ def test_vp_follows_the_scheduler_file(names, change, tmp_path):
     shutil.copytree(names["sd1"], tmp_path / "m")
     with changed_json(tmp_path / "m" / "scheduler" / "scheduler_config.json", **change):
         pipe = stock_pipeline(tmp_path / "m")
-        model = models.load(tmp_path / "m")
+        model = bases.load(tmp_path / "m")
     stock = pipe(TEXTS, latents=noise(model.shape, 2), num_inference_steps=4, guidance_scale=1.0, output_type="latent").images
     torch.testing.assert_close(draw(model, TEXTS, 4), stock, rtol=2e-5, atol=2e-5)
 
@@ -184,7 +185,7 @@ def test_a_folder_with_another_scheduler_samples_as_ddim(tmp_path, capfd):
     build_sd(tmp_path / "m", scheduler=diffusers.PNDMScheduler)
     rewrite("scheduler/scheduler_config.json", clip_sample=False)(tmp_path / "m")             # as Stable Diffusion 1.5 is published
     capfd.readouterr()
-    model, said = models.load(tmp_path / "m"), capfd.readouterr()
+    model, said = bases.load(tmp_path / "m"), capfd.readouterr()
     assert said.out == said.err == ""
     pipe = stock_pipeline(tmp_path / "m")
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
@@ -274,7 +275,7 @@ def guided(names, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", GUIDES)
 def test_a_second_network_guides_edm2_as_published(names, loaded, guided, kind, tmp_path):
-    model, main, guide = models.load(guided[kind]), edm2.load(Path(names["edm2"][5:])), edm2.load(tmp_path / f"{kind}.safetensors")
+    model, main, guide = bases.load(guided[kind]), edm2.load(Path(names["edm2"][5:])), edm2.load(tmp_path / f"{kind}.safetensors")
     assert not any(p.requires_grad for p in model.guide_network.parameters()) and model.folder == Path(names["edm2"][5:]).parent
     texts, labels = ["0", "drake", "2"], torch.eye(5)[[0, 3, 2]]
     for scale in (0.0, 2.5):
@@ -287,18 +288,18 @@ def test_a_second_network_guides_edm2_as_published(names, loaded, guided, kind, 
         assert not torch.allclose(draw(loaded["edm2"], texts, 4, scale), x, atol=0.01)       # guided by the null label
     assert torch.equal(draw(model, texts, 4), draw(loaded["edm2"], texts, 4))                 # a guidance of 1 asks no guide
     model.save(tmp_path / "saved")
-    again, twice = models.load(tmp_path / "saved"), models.load(tmp_path / "saved").frozen()
+    again, twice = bases.load(tmp_path / "saved"), bases.load(tmp_path / "saved").frozen()
     for each in (again, twice):
         assert torch.equal(draw(each, texts, 3, 2.5), draw(model, texts, 3, 2.5))
-    assert models.network_files(guided[kind]) == models.network_files(names["edm2"]) == [Path(names["edm2"][5:])]
+    assert base_files.network_files(guided[kind]) == base_files.network_files(names["edm2"]) == [Path(names["edm2"][5:])]
     again.save(tmp_path / "alone")
     (tmp_path / "alone" / "guide.safetensors").unlink()
-    assert torch.equal(draw(models.load(tmp_path / "alone"), texts, 3, 2.5), draw(loaded["edm2"], texts, 3, 2.5))
+    assert torch.equal(draw(bases.load(tmp_path / "alone"), texts, 3, 2.5), draw(loaded["edm2"], texts, 3, 2.5))
 
 
 def test_a_guide_that_does_not_fit_is_named(names, tmp_path):
     shutil.copytree(Path(names["edm2"][5:]).parent, tmp_path / "a, b")   # a comma in a name is no second network
-    assert models.check(f"edm2:{tmp_path / 'a, b' / 'net.safetensors'}") == tmp_path / "a, b"
+    assert bases.check(f"edm2:{tmp_path / 'a, b' / 'net.safetensors'}") == tmp_path / "a, b"
     for key, arguments in (("img_resolution", (16, 4, 5, 8, [1], 1, [], 8)), ("img_channels", (8, 3, 5, 8, [1], 1, [], 8)),
                            ("label_dim", (8, 4, 6, 8, [1], 1, [], 8))):
         edm2.save(edm2.EDM2(*arguments), tmp_path / "guide.safetensors")
@@ -396,23 +397,23 @@ def test_frozen_is_another_network(loaded, family):
 
 @every_family
 def test_saved_models_load_like_the_base(names, loaded, family, tmp_path):
-    model = models.load(names[family])
+    model = bases.load(names[family])
     with torch.no_grad():
         for p in model.network.parameters():
             p.add_(0.01)
     model.save(tmp_path / "saved")
-    again = models.load(tmp_path / "saved")
-    assert again.folder == tmp_path / "saved" == models.check(str(tmp_path / "saved"))
+    again = bases.load(tmp_path / "saved")
+    assert again.folder == tmp_path / "saved" == bases.check(str(tmp_path / "saved"))
     state, saved = model.network.state_dict(), again.network.state_dict()
     assert state.keys() == saved.keys() and all(torch.equal(state[n], saved[n]) for n in state)
     assert not torch.equal(draw(again, prompts_of(family), 2), draw(loaded[family], prompts_of(family), 2))
     assert torch.equal(draw(again, prompts_of(family), 2), draw(model, prompts_of(family), 2))
     x = noise(model.shape)
     assert torch.equal(again.decode(x), model.decode(x))
-    files = models.network_files(tmp_path / "saved")
+    files = base_files.network_files(tmp_path / "saved")
     assert {n for file in files for n in load_file(file)} == set(state)
     again.save(tmp_path / "twice")                                       # and on from there
-    assert all(torch.equal(a, saved[n]) for n, a in models.load(tmp_path / "twice").network.state_dict().items())
+    assert all(torch.equal(a, saved[n]) for n, a in bases.load(tmp_path / "twice").network.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd3"])
@@ -430,7 +431,7 @@ def test_a_part_that_was_never_fetched_is_not_named_when_saved(names, tmp_path):
     index = json.loads((tmp_path / "m" / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (tmp_path / "m" / "model_index.json").write_text(json.dumps(index))
-    models.load(tmp_path / "m").save(tmp_path / "saved")
+    bases.load(tmp_path / "m").save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["safety_checker"] == [None, None]
     assert not (tmp_path / "saved" / "leftover.ckpt").exists()
     diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", requires_safety_checker=False)
@@ -444,10 +445,10 @@ def test_links_to_nowhere_and_whole_models_in_one_file_are_not_copied(names, tmp
     for link in (tmp_path / "m" / "lost.json", tmp_path / "m" / "vae" / "lost.json", tmp_path / "s" / "vae" / "lost.json"):
         link.symlink_to(tmp_path / "nowhere")
     before = {path.relative_to(tmp_path / "m") for path in (tmp_path / "m").rglob("*") if path.is_file()}
-    models.load(tmp_path / "m").save(tmp_path / "saved"), models.load(f"sit:{tmp_path / 's' / 'net.safetensors'}").save(tmp_path / "own")
+    bases.load(tmp_path / "m").save(tmp_path / "saved"), bases.load(f"sit:{tmp_path / 's' / 'net.safetensors'}").save(tmp_path / "own")
     assert {path.relative_to(tmp_path / "saved") for path in (tmp_path / "saved").rglob("*") if path.is_file()} == {
         path for path in before if not path.name.startswith("v1-5")}
-    assert models.load(tmp_path / "saved") and models.load(tmp_path / "own")
+    assert bases.load(tmp_path / "saved") and bases.load(tmp_path / "own")
 
 
 class Crossings(TorchDispatchMode):
@@ -486,7 +487,7 @@ def test_no_step_of_a_rollout_stops_a_gpu(loaded, family):
 
 @every_family
 def test_bfloat16_is_near_float32(names, loaded, family):
-    model, exact = models.load(names[family], precision="bfloat16"), loaded[family]
+    model, exact = bases.load(names[family], precision="bfloat16"), loaded[family]
     prompt, t = model.encode(prompts_of(family)), model.path.times(4)[[1, 2, 2]].float()
     assert all(y.dtype == torch.float32 for y in prompt) and all(p.dtype == torch.float32 for p in model.network.parameters())
     low, high = model(noise(model.shape), t, prompt)[0], exact(noise(model.shape), t, exact.encode(prompts_of(family)))[0]
@@ -499,7 +500,7 @@ def test_bfloat16_is_near_float32(names, loaded, family):
 
 @every_family
 def test_checkpointing_changes_memory_only(names, loaded, family):
-    model, plain = models.load(names[family], checkpointing=True), loaded[family]
+    model, plain = bases.load(names[family], checkpointing=True), loaded[family]
     prompt, x, t = model.encode(prompts_of(family)), noise(model.shape), model.path.times(4)[[1, 2, 2]].float()
     kept = []
     for each in (model, plain):
@@ -521,7 +522,7 @@ def test_checkpointing_changes_memory_only(names, loaded, family):
 def test_a_compiler_that_gets_the_gradient_wrong_is_found_out(names):
     """Its predictions may be right all the same, so that no ratio shows it."""
     for precision, tolerated, refused_ in (("float32", 1.0001, 1.01), ("bfloat16", 1.05, 1.2)):
-        model = models.load(names["sit"], precision=precision)
+        model = bases.load(names["sit"], precision=precision)
         trained, prompt, calls = dict(model.network.named_parameters()), model.encode(["1"]), []
 
         def compiled(scale):
@@ -542,7 +543,7 @@ def test_a_compiler_that_gets_the_gradient_wrong_is_found_out(names):
 def test_compiling_changes_no_name_and_is_not_copied(names, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda call, **more: compiled.append(call) or (lambda *inputs, **more: call(*inputs, **more)))
-    model, plain = models.load(names["sit"], compile=True), models.load(names["sit"])
+    model, plain = bases.load(names["sit"], compile=True), bases.load(names["sit"])
     assert len(compiled) == 1 and model.network.state_dict().keys() == plain.network.state_dict().keys()
     assert torch.equal(draw(model, ["1"], 2), draw(plain, ["1"], 2))
     with torch.no_grad():
@@ -556,7 +557,7 @@ def test_compiling_changes_no_name_and_is_not_copied(names, monkeypatch):
 def test_a_compiled_rollout_and_a_compiled_update_round_alike(names):
     """One needs no gradient and the other does, so that they are two graphs; left alone, a compiler rounds each to bfloat16 where it likes."""
     torch.compiler.reset()
-    model = models.load(names["tiny"], precision="bfloat16", compile=True)
+    model = bases.load(names["tiny"], precision="bfloat16", compile=True)
     x, t = torch.randn(4, *model.shape, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.6)
     prompt = model.encode(["a boot"] * 4)
     with torch.no_grad():
@@ -568,7 +569,7 @@ def test_a_compiled_rollout_and_a_compiled_update_round_alike(names):
 
 @pytest.mark.parametrize("family", ["sd1", "sd3", "sit", "edm2"])
 def test_pictures_are_decoded_a_few_at_a_time(names, family, monkeypatch):
-    model, seen = models.load(names[family], decode_batch=2), []
+    model, seen = bases.load(names[family], decode_batch=2), []
     original = model.vae.decode
     monkeypatch.setattr(model.vae, "decode", lambda z, **more: seen.append(len(z)) or original(z, **more))
     x = noise(model.shape, 5)
@@ -578,11 +579,11 @@ def test_pictures_are_decoded_a_few_at_a_time(names, family, monkeypatch):
 
 
 def test_encoders_stay_where_their_work_does_not_fit(names, monkeypatch):
-    model = models.load(names["sd3"])
+    model = bases.load(names["sd3"])
     size = sum(y.nbytes for y in model.encode([""]))
     seen, embed = [], model.embed
     monkeypatch.setattr(model, "embed", lambda texts: seen.append(texts) or embed(texts))
-    monkeypatch.setattr(models, "REMEMBERED", 2 * size)
+    monkeypatch.setattr(generator, "REMEMBERED", 2 * size)
     model.forget_text_encoders([*TEXTS, ""])                             # more than two
     seen.clear()
     many = model.encode([TEXTS[0], TEXTS[1], TEXTS[0]])
@@ -594,7 +595,7 @@ def test_encoders_stay_where_their_work_does_not_fit(names, monkeypatch):
 
 def test_text_encoders_can_be_forgotten(names):
     for family in ("sd1", "sd3", "tiny"):
-        model = models.load(names[family])
+        model = bases.load(names[family])
         twin, prompt, alive = model.frozen(), model.encode([*TEXTS, ""]), [weakref.ref(encoder) for _, encoder in model.encoders]
         model.forget_text_encoders(["", *TEXTS, TEXTS[0]])
         gc.collect()
@@ -605,7 +606,7 @@ def test_text_encoders_can_be_forgotten(names):
                 each.encode([*TEXTS, "a boot"])
         model.forget_text_encoders()                                     # once more changes nothing
         assert draw(model, TEXTS, 2).isfinite().all()
-    model = models.load(names["sit"])
+    model = bases.load(names["sit"])
     model.forget_text_encoders()                                         # it has none: the labels' embedding belongs to the network
     assert model.encode(["1"])[0].shape == (1, 24)
 
@@ -618,15 +619,15 @@ def test_shards_are_read_through_their_index(names, loaded, tmp_path):
         shutil.copytree(names[family], tmp_path / family)
         shutil.rmtree(tmp_path / family / part)
         loaded[family].network.save_pretrained(tmp_path / family / part, max_shard_size="20KB")
-        files = models.network_files(tmp_path / family)
+        files = base_files.network_files(tmp_path / family)
         assert len(files) > 2 and {n for file in files for n in load_file(file)} == set(loaded[family].network.state_dict())
-        assert torch.equal(draw(models.load(tmp_path / family), TEXTS, 2), draw(loaded[family], TEXTS, 2))
+        assert torch.equal(draw(bases.load(tmp_path / family), TEXTS, 2), draw(loaded[family], TEXTS, 2))
         files[1].write_bytes(files[1].read_bytes()[:-10])
         with pytest.raises(ValueError, match=f"{files[1].name} in {part} is damaged"):
-            models.check(tmp_path / family)
+            bases.check(tmp_path / family)
         files[1].unlink()
         with pytest.raises(ValueError, match=f"{part}/{files[1].name} is missing"):
-            models.check(tmp_path / family)
+            bases.check(tmp_path / family)
 
 
 def test_the_key_names_of_published_files_are_known(names, loaded, tmp_path):
@@ -644,28 +645,28 @@ def test_the_key_names_of_published_files_are_known(names, loaded, tmp_path):
     rename(tmp_path / "sd3" / "text_encoder_2", whole)
     rename(tmp_path / "sd3" / "text_encoder_3", str, **{"encoder.embed_tokens.weight": lambda state: state["shared.weight"].clone()})
     for family in ("sd1", "sd3"):
-        model = models.load(tmp_path / family)
+        model = bases.load(tmp_path / family)
         assert all(map(torch.equal, model.encode(TEXTS), loaded[family].encode(TEXTS)))
         assert torch.equal(model.decode(noise(model.shape)), loaded[family].decode(noise(model.shape)))
 
 
 def test_network_files_name_one_file(names, tiny):
-    assert models.network_files(tiny) == [tiny / "transformer" / "diffusion_pytorch_model.safetensors"]
-    assert models.network_files(names["sit"]) == [Path(names["sit"][4:])]
-    assert models.network_files(names["sd1"]) == [Path(names["sd1"]) / "unet" / "diffusion_pytorch_model.safetensors"]
+    assert base_files.network_files(tiny) == [tiny / "transformer" / "diffusion_pytorch_model.safetensors"]
+    assert base_files.network_files(names["sit"]) == [Path(names["sit"][4:])]
+    assert base_files.network_files(names["sd1"]) == [Path(names["sd1"]) / "unet" / "diffusion_pytorch_model.safetensors"]
     with pytest.raises(ValueError, match="not a safetensors file"):
-        models.network_files("sit:net.pt")
+        base_files.network_files("sit:net.pt")
 
 
 def test_a_published_sit_needs_no_metadata(tmp_path, names):
     shutil.copytree(Path(names["sit"][4:]).parent / "vae", tmp_path / "vae")
     torch.manual_seed(0)
     torch.save({"ema": sit.SiT(4, 2, 4, 384, 1, 6, 3).state_dict(), "opt": {}}, tmp_path / "SiT-S.pt")
-    model = models.load(f"sit:{tmp_path / 'SiT-S.pt'}")
+    model = bases.load(f"sit:{tmp_path / 'SiT-S.pt'}")
     assert model.shape == (4, 4, 4) and model.network.blocks[0].heads == 6 and model.folder == tmp_path
     model.save(tmp_path / "saved")
-    assert models.network_files(tmp_path / "saved") == [tmp_path / "saved" / "sit.safetensors"]
-    assert torch.equal(draw(models.load(tmp_path / "saved"), ["1"], 2), draw(model, ["1"], 2))
+    assert base_files.network_files(tmp_path / "saved") == [tmp_path / "saved" / "sit.safetensors"]
+    assert torch.equal(draw(bases.load(tmp_path / "saved"), ["1"], 2), draw(model, ["1"], 2))
 
 
 def fake_hub(folder, base, repo="someone/some-model"):
@@ -686,12 +687,12 @@ def test_a_hub_id_is_a_folder_of_the_cache(names, loaded, tmp_path, monkeypatch)
     snapshot = fake_hub(tmp_path / "cache", names["sd1"])
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    assert models.check("someone/some-model") == snapshot
-    model = models.load("someone/some-model")
-    assert torch.equal(draw(model, TEXTS, 2), draw(loaded["sd1"], TEXTS, 2)) and models.network_files("someone/some-model")[0].is_file()
+    assert bases.check("someone/some-model") == snapshot
+    model = bases.load("someone/some-model")
+    assert torch.equal(draw(model, TEXTS, 2), draw(loaded["sd1"], TEXTS, 2)) and base_files.network_files("someone/some-model")[0].is_file()
     model.save(tmp_path / "saved")
     shutil.rmtree(tmp_path / "cache")
-    assert not any(p.is_symlink() for p in (tmp_path / "saved").rglob("*")) and models.load(tmp_path / "saved")
+    assert not any(p.is_symlink() for p in (tmp_path / "saved").rglob("*")) and bases.load(tmp_path / "saved")
 
 
 def test_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
@@ -700,7 +701,7 @@ def test_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **more: asked.update(more, repo=repo) or str(tmp_path))
     with pytest.raises(ValueError, match="model_index.json"):
-        models.check("owner/name")
+        bases.check("owner/name")
     assert asked.keys() == {"repo", "allow_patterns"} and asked["repo"] == "owner/name"
     published = """model_index.json README.md v1-5-pruned.ckpt v1-5-pruned.safetensors sd3_medium.safetensors
         unet/config.json unet/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.bin
@@ -710,7 +711,7 @@ def test_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
         text_encoder/config.json text_encoder/flax_model.msgpack vae/diffusion_pytorch_model.safetensors vae/config.json tokenizer/vocab.json
         tokenizer/merges.txt tokenizer_3/spiece.model tokenizer_3/tokenizer.json safety_checker/model.safetensors scheduler/scheduler_config.json
         feature_extractor/preprocessor_config.json text_encoder/model.fp16.safetensors text_encoder/run.py""".split()
-    kept = set(filter_repo_objects(published, allow_patterns=model_files.WANTED))
+    kept = set(filter_repo_objects(published, allow_patterns=base_files.WANTED))
     assert kept == set("""model_index.json unet/config.json unet/diffusion_pytorch_model.safetensors transformer/config.json
         transformer/diffusion_pytorch_model-00001-of-00002.safetensors transformer/diffusion_pytorch_model.safetensors.index.json
         text_encoder_3/model-00001-of-00002.safetensors text_encoder/model.safetensors text_encoder/config.json vae/config.json
@@ -719,8 +720,8 @@ def test_only_what_is_needed_is_fetched(tmp_path, monkeypatch):
 
 
 def refused(name, *naming):
-    """models.check and models.load both say it, in one line with the name and the reason."""
-    for call in (models.check, models.load):
+    """models.check and bases.load both say it, in one line with the name and the reason."""
+    for call in (bases.check, bases.load):
         with pytest.raises(ValueError) as error:
             call(name)
         line = str(error.value)
@@ -733,11 +734,11 @@ def test_the_default_base_is_found_from_anywhere_and_asked_of_nobody(tiny, tmp_p
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **more: pytest.fail(f"{repo} was asked for"))
     monkeypatch.chdir(tmp_path)
-    assert models.check("assets/tiny") == ROOT / "assets" / "tiny" and models.network_files("assets/tiny")[0].is_file()
+    assert bases.check("assets/tiny") == ROOT / "assets" / "tiny" and base_files.network_files("assets/tiny")[0].is_file()
     monkeypatch.setattr(model_files, "__file__", str(tmp_path / "elsewhere" / "model_files.py"))
     refused("assets/tiny", "no such folder")
     shutil.copytree(tiny, "assets/tiny")
-    assert models.check("assets/tiny") == Path("assets/tiny")            # one's own comes first
+    assert bases.check("assets/tiny") == Path("assets/tiny")            # one's own comes first
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
@@ -828,16 +829,16 @@ def test_bad_files_are_named_in_one_line(names, tmp_path, case):
 def test_a_tokenizer_that_its_library_cannot_read_is_named(names, tmp_path, family, part):
     shutil.copytree(names[family], tmp_path / "m")
     put(f"{part}/tokenizer.json", '{"model": 3}')(tmp_path / "m")
-    models.check(tmp_path / "m")                                         # which knows no tokenizers
+    bases.check(tmp_path / "m")                                         # which knows no tokenizers
     with pytest.raises(ValueError, match=f"--model {tmp_path / 'm'}: {part} is not the ") as error:
-        models.load(tmp_path / "m")
+        bases.load(tmp_path / "m")
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_network_of_another_family_is_refused(names, tmp_path):
     sit_file, edm2_file = names["sit"][4:], names["edm2"][5:]
     refused(f"sit:{edm2_file}", "not a SiT"), refused(f"edm2:{sit_file}", "not an EDM2")
-    unet = models.network_files(names["sd1"])[0]
+    unet = base_files.network_files(names["sd1"])[0]
     refused(f"sit:{unet}", "not a SiT"), refused(f"edm2:{unet}", "not an EDM2")
 
 
@@ -852,9 +853,9 @@ def test_weights_that_are_not_those_of_the_config_are_no_model(names, tmp_path):
         state = load_file(file)
         spoil(state)
         save_file(state, file, {"format": "pt"})
-        assert models.check(folder) == folder                            # the headers are in order
+        assert bases.check(folder) == folder                            # the headers are in order
         with pytest.raises(ValueError, match=f"{part} is not the") as error:
-            models.load(folder)
+            bases.load(folder)
         assert "\n" not in str(error.value)
 
 
@@ -875,7 +876,7 @@ def test_a_pickle_that_would_run_code_runs_none(names, tmp_path):
 
 
 def test_checking_builds_no_network(names):
-    script = ("import sys, models\nfor name in sys.argv[1:]: print(models.check(name))\n"
+    script = ("import sys, models\nfor name in sys.argv[1:]: print(bases.check(name))\n"
               "assert not {'diffusers', 'transformers'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", script, *names.values()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(names), done.stderr
@@ -883,6 +884,6 @@ def test_checking_builds_no_network(names):
 
 def test_loading_says_nothing(names, capfd):
     for name in names.values():
-        models.load(name)
+        bases.load(name)
     out, error = capfd.readouterr()
     assert out == error == ""

@@ -15,10 +15,10 @@ from test_edm2 import snapshot, write
 from test_edm2 import stand_ins as packages  # noqa: F401: what the pickles of EDM2 name
 from test_models import names  # noqa: F401: the fixture that builds the bases
 
-import edm2
+from bases import edm2
 import eval as evaluation
 import merge
-import models
+import bases
 
 SMALL = "--device cpu --iterations 1 --prompts_per_step 2 --group_size 4 --nearest 2 --steps 4 --window 0:2 --eval_images 20 --eval_steps 2".split()
 SEARCH = "--device cpu --updates 1 --group_size 2 --steps 2".split()
@@ -93,7 +93,7 @@ def test_a_merge_of_the_readme_runs(place, monkeypatch, line):
     argv = arguments(line)
     merge.main(argv + (SEARCH + "--images 30 --reference 60 --report_images 20".split() if argv[0] == "rl" else []))
     out = Path(argv[argv.index("--out") + 1])
-    made, base = (models.load(str(folder)).network.state_dict() for folder in (out / "model" if argv[0] == "rl" else out, "assets/tiny"))
+    made, base = (bases.load(str(folder)).network.state_dict() for folder in (out / "model" if argv[0] == "rl" else out, "assets/tiny"))
     assert made.keys() == base.keys() and any(not torch.equal(made[name], base[name]) for name in base)
 
 
@@ -137,7 +137,7 @@ def test_the_search_over_edm2_snapshots_runs(stand_ins, names):  # noqa: F811
     assert argv[1:3] == ["edm2-img512-xs-0001-0.100", "edm2-img512-xs-0002-0.100"]
     merge.main([*argv, *SEARCH, "--images", "5", "--reference", "10", "--report_images", "5"])
     assert "RL" in Path("merged", "table.md").read_text()
-    models.load("merged/model")
+    bases.load("merged/model")
 
 
 @pytest.mark.parametrize("line", sorted(set(EXPERIMENTS)))

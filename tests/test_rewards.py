@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rewards
+from rewards import classifier
+from rewards import clip
 from conftest import ROOT, launch, read_metrics, small
 
 TINY = ROOT / "assets" / "tiny"
@@ -158,7 +160,7 @@ L14, PICK = "openai/clip-vit-large-patch14", "yuvalkirstain/PickScore_v1"
 def test_halving_is_torchs_pooling_bit_for_bit():
     for shape in ((3, 2, 28, 28), (3, 2, 7, 7), (1, 4, 9, 6), (0, 2, 14, 14)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(rewards.Halve()(x), torch.nn.functional.max_pool2d(x, 2) if len(x) else x[..., ::2, ::2])
+        assert torch.equal(classifier.Halve()(x), torch.nn.functional.max_pool2d(x, 2) if len(x) else x[..., ::2, ::2])
 
 
 @pytest.mark.parametrize("spec, expected", [
@@ -267,7 +269,7 @@ def test_pictures_prompts_and_metadata_are_as_many():
 def test_the_classifier_s_rewards_by_their_definitions():
     images, labels = IMAGES.clone(), torch.tensor([m["label"] for m in METADATA])
     images[2:6:3] = (torch.arange(28) < 14).float()[:, None]             # white above black: for the classifier neither a coat nor a dress
-    p = rewards.load_classifier(TINY / "reward")(images).double().softmax(1)[range(7), labels]
+    p = classifier.load_classifier(TINY / "reward")(images).double().softmax(1)[range(7), labels]
     assert (p.log() < -6).any() and (p.log() > -6).any()
     found = {name: value.double() for name, value in rewards.Reward("class,margin,ink", TINY)(images, PROMPTS, METADATA).items()}
     torch.testing.assert_close(found["class"], p.log().clamp(min=-6), atol=1e-4, rtol=1e-4)
@@ -276,8 +278,8 @@ def test_the_classifier_s_rewards_by_their_definitions():
 
 
 def test_the_classifier_is_loaded_when_it_is_needed_and_once(monkeypatch):
-    loads, right = [], rewards.load_classifier
-    monkeypatch.setattr(rewards, "load_classifier", lambda *args: loads.append(args) or right(*args))
+    loads, right = [], classifier.load_classifier
+    monkeypatch.setattr(classifier, "load_classifier", lambda *args: loads.append(args) or right(*args))
     reward = rewards.Reward("jpeg,fid", TINY)
     reward(IMAGES, PROMPTS, [{}] * 7)
     assert not loads
@@ -312,23 +314,23 @@ def test_pixels_are_those_of_the_published_processor(height, width, size):
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     array, mean, std = pixels(2, height, width, 3, seed=height), torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     expected = processor(images=[Image.fromarray(a) for a in array], return_tensors="pt").pixel_values
-    found = rewards.clip_pixels(as_images(array), size, mean, std)
+    found = clip.clip_pixels(as_images(array), size, mean, std)
     assert found.shape == expected.shape == (2, 3, size, size)
     difference = (found - expected).abs() * std[:, None, None] * 255
     assert difference.max() < 3.01 and difference.mean() < 0.35
     off = (rand(2, 3, height, width) - 0.5) * 0.98 / 255                 # of a byte: less than half, so there is one right answer
-    assert torch.equal(rewards.clip_pixels(as_images(array) + off, size, mean, std), found)
+    assert torch.equal(clip.clip_pixels(as_images(array) + off, size, mean, std), found)
 
 
 def test_pixels_outside_of_the_range_are_its_ends():
     mean, std = torch.zeros(3), torch.ones(3)
-    found = rewards.clip_pixels(torch.tensor([-0.3, 1.3])[:, None, None, None].expand(2, 3, 40, 30), 8, mean, std)
+    found = clip.clip_pixels(torch.tensor([-0.3, 1.3])[:, None, None, None].expand(2, 3, 40, 30), 8, mean, std)
     assert found[0].unique().tolist() == [0] and found[1].unique().tolist() == [1]
     wide = 2 * rand(2, 3, 40, 30) - 0.5
-    assert torch.equal(rewards.clip_pixels(wide, 8, mean, std), rewards.clip_pixels(wide.clamp(0, 1), 8, mean, std))
+    assert torch.equal(clip.clip_pixels(wide, 8, mean, std), clip.clip_pixels(wide.clamp(0, 1), 8, mean, std))
     edge = torch.zeros(1, 3, 16, 16)
     edge[..., 8:] = 1                                                    # bicubic overshoots at an edge, bytes do not
-    assert 0 <= rewards.clip_pixels(edge, 32, mean, std).min() and rewards.clip_pixels(edge, 32, mean, std).max() <= 1
+    assert 0 <= clip.clip_pixels(edge, 32, mean, std).min() and clip.clip_pixels(edge, 32, mean, std).max() <= 1
 
 
 def test_the_processor_s_own_mean_and_std_are_used(published, tmp_path):
@@ -340,7 +342,7 @@ def test_the_processor_s_own_mean_and_std_are_used(published, tmp_path):
         "crop_size": SIZE, "do_center_crop": True, "do_normalize": True, "do_resize": True, "feature_extractor_type": "CLIPFeatureExtractor",
         "resample": 3, "size": SIZE, **statistics}))
     rewards.check_reward(f"clip:{folder}", TINY)
-    judge = rewards.Clip(folder)
+    judge = clip.Clip(folder)
     assert judge.mean.tolist() == pytest.approx(statistics["image_mean"]) and judge.std.tolist() == pytest.approx(statistics["image_std"])
     assert (score(f"clip:{folder}") - score(f"clip:{published.folder}")).abs().max() > 0.01
 
@@ -353,7 +355,7 @@ def forward(published, images=IMAGES, prompts=PROMPTS, processor_pixels=False):
     import transformers
     processor = transformers.CLIPProcessor.from_pretrained(published.folder)
     array = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    ours = rewards.clip_pixels(images, SIZE, torch.tensor(processor.image_processor.image_mean), torch.tensor(processor.image_processor.image_std))
+    ours = clip.clip_pixels(images, SIZE, torch.tensor(processor.image_processor.image_mean), torch.tensor(processor.image_processor.image_std))
     theirs = processor.image_processor(images=[Image.fromarray(a) for a in array], return_tensors="pt").pixel_values
     tokens = processor.tokenizer(prompts, padding=True, truncation=True, max_length=8, return_tensors="pt")
     with torch.no_grad():
@@ -381,8 +383,8 @@ def test_bfloat16_pictures_are_scored_in_float32(published):
 
 
 def test_a_text_is_embedded_once_and_in_batches(published, monkeypatch):
-    made, seen, right = [], [], rewards.Clip
-    monkeypatch.setattr(rewards, "Clip", lambda *args: made.append(right(*args)) or made[-1])
+    made, seen, right = [], [], clip.Clip
+    monkeypatch.setattr(clip, "Clip", lambda *args: made.append(right(*args)) or made[-1])
     reward = rewards.Reward(f"clip:{published.folder},pickscore:{published.folder}", TINY, batch=2)
     judge = made[0]
     texts, pictures = judge.network.get_text_features, judge.network.get_image_features
@@ -409,8 +411,8 @@ def test_a_long_text_is_cut_and_keeps_its_end(published):
 
 
 def test_the_clip_is_frozen_float32_and_shared(published, monkeypatch):
-    made, right = [], rewards.Clip
-    monkeypatch.setattr(rewards, "Clip", lambda *args: made.append(right(*args)) or made[-1])
+    made, right = [], clip.Clip
+    monkeypatch.setattr(clip, "Clip", lambda *args: made.append(right(*args)) or made[-1])
     rewards.Reward(f"clip:{published.folder},pickscore:{published.folder},aesthetic:{published.pth}@{published.folder}", TINY)
     assert len(made) == 1
     network = made[0].network

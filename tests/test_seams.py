@@ -2,8 +2,8 @@
 import numpy as np
 import torch
 
-import picture_sets
-import runtime
+from commands import picture_sets
+from support import files
 import train
 from conftest import launch, small
 from prompting import draw_prompts, read_prompts
@@ -36,4 +36,4 @@ def test_no_two_draws_of_a_run_share_their_noise(tiny, tmp_path, monkeypatch):
 def test_a_pixel_is_its_nearest_byte():
     values = np.random.default_rng(0).uniform(-0.1, 1.1, 2000).astype(np.float32)
     nearest = [min(range(256), key=lambda byte: abs(np.float64(value) * 255 - byte)) for value in values]
-    assert runtime.to_uint8(torch.tensor(values)).tolist() == nearest
+    assert files.to_uint8(torch.tensor(values)).tolist() == nearest

@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 from test_models import names, prompts_of  # noqa: F401
 from torch import nn
 
-import models
-import sharding
+import bases
+from support import sharding
+from support import flags
 
 ALL = ("--train all --kl 0.1 --ema 0.5 --snapshot_every 1 --reward class:1,fid:0.3 --reference 24 --iterations 3 --updates 2 --save_every 1").split()
 
@@ -25,7 +26,7 @@ def sharded(tiny, tmp_path_factory):
 
 
 def test_a_block_is_an_entry_of_an_outermost_list(tiny):
-    assert sharding.blocks(models.load(str(tiny)).network)
+    assert sharding.blocks(bases.load(str(tiny)).network)
     network = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Tanh()}), nn.ModuleList([nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]))]))
     assert sharding.blocks(network) == [network[1]["a"], network[2][0]] and sharding.blocks(nn.Linear(1, 1)) == []
 
@@ -62,7 +63,7 @@ def test_sharded_over_two_processes_a_run_is_the_run_of_one(tiny, tmp_path, shar
         assert sum((snapshot[n] - right[n]).norm() for n in right) < 0.005 * way
     saved = [torch.load(sorted(out.glob("checkpoint-*"))[-1] / "optimizer.pt", weights_only=True)["state"] for out in (sharded, tmp_path / "run")]
     assert saved[0].keys() == saved[1].keys() and all(saved[0][i]["exp_avg"].shape == saved[1][i]["exp_avg"].shape for i in saved[0])
-    models.load(str(sharded / "model"))
+    bases.load(str(sharded / "model"))
 
 
 DYING_RANK = """
@@ -70,11 +71,11 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import runtime, train
 
-save = runtime.save_checkpoint
+save = files.save_checkpoint
 def dies(*arguments):
     save(*arguments)
     os.environ["RANK"] == "0" and os.kill(os.getpid(), signal.SIGKILL)
-runtime.save_checkpoint = dies
+files.save_checkpoint = dies
 if __name__ == "__main__":
     train.main({argv!r})
 """
@@ -110,7 +111,7 @@ def test_every_base_can_be_dealt(names, tmp_path, family):  # noqa: F811
         assert mine == pytest.approx(theirs, rel=2e-2, abs=2e-3)
     name = {"sd1": "unet/diffusion_pytorch_model", "sit": "sit"}[family]
     a, b = (load_file(tmp_path / out / "model" / f"{name}.safetensors") for out in ("two", "one"))
-    weights = models.load(str(names[family])).network.state_dict()
+    weights = bases.load(str(names[family])).network.state_dict()
     way = sum((b[n].float() - weights[n].float()).norm() for n in b)
     assert a.keys() == b.keys() and way > 0.001 and sum((a[n] - b[n]).norm() for n in b) < 0.02 * way
 
@@ -122,7 +123,7 @@ REFUSED = [("", 0, "--shard: one process"), ("--lora 2", 2, "--lora"), ("--compi
 
 @pytest.mark.parametrize("flags, processes, named", REFUSED, ids=[row[0] or "alone" for row in REFUSED])
 def test_what_cannot_be_dealt_is_refused_in_one_line(tiny, tmp_path, capsys, monkeypatch, flags, processes, named):
-    monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(bases, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setenv("WORLD_SIZE", str(processes)) if processes else None
     with pytest.raises(SystemExit) as left:
         launch(small(tiny, tmp_path / "run", "--shard", *flags.split()))

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-import sit
+from bases import sit
 
 SMALL = dict(input_size=6, patch_size=2, in_channels=3, hidden_size=24, depth=2, num_heads=4, num_classes=5)
 SINGLE = """pos_embed x_embedder.proj.weight x_embedder.proj.bias t_embedder.mlp.0.weight t_embedder.mlp.0.bias t_embedder.mlp.2.weight

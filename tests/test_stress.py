@@ -30,8 +30,8 @@ RL = "--device cpu --updates 5 --group_size 4 --images 30 --reference 60 --repor
 
 def fault(number):
     """The number-th operation on files of this process is its last: an even one does not happen, an odd one happens by half."""
-    import runtime
-    import weights
+    from support import processes
+    from bases import tensors
     count = itertools.count()
 
     def done(function, *args, **kwargs):
@@ -182,10 +182,10 @@ def distance(a, b, base):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", "--reward class:1,fid:0.3 --reference 24"])
 def test_one_two_and_four_processes_train_alike(tiny, tmp_path, flags):
-    import models
+    import bases
     argv = small(tiny, "", *"--iterations 5 --prompts_per_step 3 --group_size 5 --updates 1 --eval_every 5 --select all --keep 5".split(), *flags.split())
     assert forked("spread", tiny, "train", argv, (1, 2, 4), tmp_path) == [[0], [0] * 2, [0] * 4]
-    base = models.load(tiny).network.state_dict()
+    base = bases.load(tiny).network.state_dict()
     one, credits = tmp_path / "1", torch.load(tmp_path / "log1-credits.pt")
     for n in (2, 4):
         more, row = tmp_path / str(n), torch.load(tmp_path / f"log{n}-credits.pt")
@@ -302,7 +302,7 @@ def test_a_process_that_dies_ends_the_others(tiny, tmp_path, how, said):
 
 
 def test_a_signal_that_comes_while_the_processes_agree_is_heard_the_next_time(monkeypatch):
-    import runtime
+    from support import processes
     said = []
 
     def agree(number, device):
@@ -310,8 +310,8 @@ def test_a_signal_that_comes_while_the_processes_agree_is_heard_the_next_time(mo
             os.kill(os.getpid(), signal.SIGTERM)
         said.append(number)
         return float(number)
-    monkeypatch.setattr(runtime, "all_max", agree)
-    with runtime.Interrupt() as interrupt:
+    monkeypatch.setattr(processes, "all_max", agree)
+    with processes.Interrupt() as interrupt:
         assert [interrupt.asked(None) for _ in range(2)] == [False, True]
     assert said == [0, 15] and interrupt.signal == 15
 
@@ -359,7 +359,7 @@ def hosts():
 
 @pytest.mark.slow
 def test_two_hosts_do_what_one_process_does(tiny, tmp_path, hosts):
-    import models
+    import bases
     (hosts, first), flags = hosts, "--iterations 3 --eval_every 3 --select all --keep 4 --updates 1".split()
     running = [subprocess.Popen(
         [*inside, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(n), "--nproc_per_node", "1", "--master_addr", first,
@@ -371,7 +371,7 @@ def test_two_hosts_do_what_one_process_does(tiny, tmp_path, hosts):
     launch(small(tiny, tmp_path / "one", *flags))
     for mine, theirs in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    largest, relative = distance(read_weights(tmp_path / "one"), read_weights(tmp_path / "two"), models.load(tiny).network.state_dict())
+    largest, relative = distance(read_weights(tmp_path / "one"), read_weights(tmp_path / "two"), bases.load(tiny).network.state_dict())
     print(f"two hosts against one process, 3 updates: weights differ by {largest:.1e} at most, {relative:.1e} of the way trained")
     assert relative < 1e-3 and largest < 1e-4
 

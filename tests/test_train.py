@@ -21,12 +21,18 @@ from safetensors.torch import load_file
 from scipy.optimize import brentq
 
 import eval as evaluation
-import models
+from support import flags
+from commands import picture_sets
+import bases
+from bases import files as base_files
+from bases import generator
 import prompting
 import rewards
-import runtime
+from rewards import classifier
+from support import files
+from support import processes
 import train
-import weights
+from bases import tensors
 from conftest import ROOT, build_model, command, contents, files, launch, launch_process, read_metrics, read_weights, small
 
 METRICS = {"iteration", "loss", "kl", "clip_fraction", "grad_norm", "ratio_error", "reward", "diversity", "zero_std_fraction",
@@ -39,7 +45,7 @@ def checkpoints(out):
 
 
 def network(folder):
-    return models.load(folder).network.state_dict()
+    return bases.load(folder).network.state_dict()
 
 
 def spy(monkeypatch, name):
@@ -147,10 +153,10 @@ def test_the_grids_are_pictures_of_the_same_seeds(done):
 
 def test_the_saved_model_draws_what_the_trained_network_draws(done, tiny):
     prompts = prompting.read_prompts(tiny / "eval_prompts.jsonl")
-    draw = lambda model: evaluation.generate(model, prompts, 2, 3, 1.5, 7, 20)
-    saved = draw(models.load(done.out / "model"))
+    draw = lambda model: picture_sets.generate(model, prompts, 2, 3, 1.5, 7, 20)
+    saved = draw(bases.load(done.out / "model"))
     torch.testing.assert_close(saved, draw(done.model), rtol=0, atol=1e-3)      # the words went through their encoder in another batch
-    assert not torch.allclose(saved, draw(models.load(tiny)), rtol=0, atol=2e-2)
+    assert not torch.allclose(saved, draw(bases.load(tiny)), rtol=0, atol=2e-2)
 
 
 def test_plain_diffusers_loads_the_saved_transformer(done):
@@ -201,7 +207,7 @@ def test_the_ratio_is_one_before_the_first_update(tiny, tmp_path, monkeypatch, f
 
 def test_a_run_is_the_same_whether_prompts_are_encoded_once_or_each_time(tiny, tmp_path, monkeypatch):
     launch(small(tiny, tmp_path / "once", "--prompt_noise", 0.5))
-    monkeypatch.setattr(models, "REMEMBERED", 0)
+    monkeypatch.setattr(generator, "REMEMBERED", 0)
     launch(small(tiny, tmp_path / "anew", "--prompt_noise", 0.5))
     assert_close_rows(read_metrics(tmp_path / "once"), read_metrics(tmp_path / "anew"))
 
@@ -353,7 +359,7 @@ def test_every_flag_does_what_it_says(tiny, outcome, name, value, other, where, 
             waits.append(minutes)
             raise StopIteration
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runtime, "start", start)
+            patch.setattr(processes, "start", start)
             for number in (value, other):
                 with pytest.raises(StopIteration):
                     launch(small(tiny, folder / f"{name}{number}", *spelled(name, number)))
@@ -456,7 +462,7 @@ def snapshot_names(*iterations):
 
 
 def test_a_snapshot_says_whose_it_is(snapped, tiny):
-    found, mark = snapshots(snapped), weights.fingerprint(weights.Weights(models.network_files(tiny)))
+    found, mark = snapshots(snapped), tensors.fingerprint(tensors.Weights(base_files.network_files(tiny)))
     assert [*found] == snapshot_names(1, 2, 3, 4, 5)
     for name, (tensors, facts) in found.items():
         length = {"-0.050": "0.05", "-0.100": "0.1"}.get(name[5:11], "")
@@ -636,13 +642,13 @@ import os, sys
 sys.path.insert(0, {root!r})
 import rewards, train
 if __name__ == "__main__":
-    right, calls = rewards.NAMES["class"], []
+    right, calls = classifier.NAMES["class"], []
 
     def wrong(logits, labels, images):
         calls.append(0)
         return right(logits, labels, images) * (float("nan") if len(calls) == 2 else 1)
     if os.environ["RANK"] == "1":
-        rewards.NAMES["class"] = wrong
+        classifier.NAMES["class"] = wrong
     train.main({argv!r})
 """
 
@@ -659,16 +665,15 @@ def test_a_reward_that_fails_in_one_process_stops_them_all(tiny, tmp_path):
 
 
 LEAVING_RANK = """
-import os, sys
 sys.path.insert(0, {root!r})
 import runtime, train
 
-leave = runtime.finish
+leave = processes.finish
 def finish():
     leave()
     names = [open("/proc/self/task/" + number + "/comm").read().strip() for number in os.listdir("/proc/self/task")]
     print("threads:", *names)
-runtime.finish = finish
+processes.finish = finish
 if __name__ == "__main__":
     train.main({argv!r})
 """
@@ -690,7 +695,7 @@ def test_a_process_leaves_its_group_with_no_thread_of_it_behind(tiny, tmp_path):
 
 def poisoned_reward(value):
     def plant(monkeypatch):
-        calls, right = [], rewards.NAMES["class"]
+        calls, right = [], classifier.NAMES["class"]
 
         def wrong(logits, labels, images):
             result = right(logits, labels, images)
@@ -698,7 +703,7 @@ def poisoned_reward(value):
             if len(calls) == 2:
                 result = value(result)
             return result
-        monkeypatch.setitem(rewards.NAMES, "class", wrong)
+        monkeypatch.setitem(classifier.NAMES, "class", wrong)
     return plant
 
 
@@ -786,7 +791,7 @@ def test_an_update_that_disagrees_with_the_rollout_is_caught(tiny, tmp_path, mon
 # Learning.
 
 def test_equal_rewards_teach_nothing_and_break_nothing(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(rewards.NAMES, "class", lambda logits, labels, images: torch.full((len(images),), 0.1))
+    monkeypatch.setitem(classifier.NAMES, "class", lambda logits, labels, images: torch.full((len(images),), 0.1))
     launch(small(tiny, tmp_path / "plain", "--drift", "off", "--select", "all"))
     rows, base, tuned = read_metrics(tmp_path / "plain")[1:], network(tiny), network(tmp_path / "plain" / "model")
     assert [row["zero_std_fraction"] for row in rows] == [1, 1] and [row["grad_norm"] for row in rows] == [0, 0]
@@ -812,7 +817,7 @@ def test_diversity_that_is_not_paid_is_seen_in_the_finished_pictures_alone(tiny,
 def test_no_network_sees_more_pictures_at_once_than_reward_batch(tiny, tmp_path, monkeypatch, judge):
     shutil.copytree(tiny, tmp_path / "model")
     judge or shutil.rmtree(tmp_path / "model" / "evaluator")
-    seen, features, score, original = [], rewards.load_classifier(tiny / "reward").features, rewards.Reward.score, train.open_pool
+    seen, features, score, original = [], classifier.load_classifier(tiny / "reward").features, rewards.Reward.score, train.open_pool
     look = lambda images: seen.append(len(images)) or features(images)
     monkeypatch.setattr(train, "load_features", lambda *which: look)
     monkeypatch.setattr(train, "open_pool", lambda *which: (lambda pool, _, target: (pool, look, target))(*original(*which)))
@@ -838,14 +843,14 @@ PLAIN = "--select all --prompt_noise 0"                                  # what 
 @pytest.mark.parametrize("flags, sign", [(f"--drift off {PLAIN}", 1), (f"--drift off {PLAIN}", -1), ("--diversity 0 --select window", 1),
                                          ("--diversity 0.3", 1)])
 def test_the_mean_reward_rises(tiny, tmp_path, monkeypatch, flags, sign):
-    monkeypatch.setitem(rewards.NAMES, "ink", lambda logits, labels, images: images.mean((1, 2, 3)))
+    monkeypatch.setitem(classifier.NAMES, "ink", lambda logits, labels, images: images.mean((1, 2, 3)))
     launch(small(tiny, tmp_path / "run", *TEACH, "--reward", f"ink:{sign}", *flags.split()))
     curve = [row["reward"] for row in read_metrics(tmp_path / "run")[1:]]
     assert np.mean(curve[-3:]) - np.mean(curve[:3]) > 0.02
 
 
 def test_diversity_alone_rises_when_it_alone_is_paid(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(rewards.NAMES, "class", lambda logits, labels, images: torch.zeros(len(images)))
+    monkeypatch.setitem(classifier.NAMES, "class", lambda logits, labels, images: torch.zeros(len(images)))
     launch(small(tiny, tmp_path / "run", *TEACH, *"--reward class:1 --diversity 1 --diversity_features latents --metric cosine".split()))
     curve = [row["diversity"] for row in read_metrics(tmp_path / "run")[1:]]
     assert np.mean(curve[-3:]) - np.mean(curve[:3]) > 0.1
@@ -855,7 +860,7 @@ def test_diversity_alone_rises_when_it_alone_is_paid(tiny, tmp_path, monkeypatch
 # The command line.
 
 def test_dry_run_prints_configuration_and_sizes_and_writes_nothing(tiny, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(bases, "load", lambda *args: pytest.fail("a model was loaded"))
     before = contents(tiny)
     launch(small(tiny, tmp_path / "run", "--dry_run", "--prompts_per_step", 3, "--group_size", 5, "--passes", 2))
     first, rest = capfd.readouterr().out.split("\n", 1)
@@ -885,15 +890,15 @@ def test_the_command_runs(tiny, tmp_path):
 
 def test_write_atomic_replaces_the_whole_or_nothing(tmp_path):
     path = tmp_path / "file"
-    runtime.write_atomic(path, lambda temporary: temporary.write_text("old"))
+    files.write_atomic(path, lambda temporary: temporary.write_text("old"))
 
     def fails(temporary):
         temporary.write_text("ne")
         raise OSError("disk full")
     with pytest.raises(OSError):
-        runtime.write_atomic(path, fails)
+        files.write_atomic(path, fails)
     assert path.read_text() == "old"
-    runtime.write_atomic(path, lambda temporary: temporary.write_text("new"))
+    files.write_atomic(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -949,7 +954,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tiny, tmp_path, monkeypa
 def test_processes_that_disagree_about_the_weights_stop(tmp_path, apart):
     (tmp_path / "two.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, runtime\nruntime.start('cpu')\n"
-        f"runtime.check_equal({{'layer.a': torch.ones(3), 'layer.b': torch.ones(2) + 1e-7 * runtime.rank() * {apart}}}, torch.device('cpu'))\n"
+        f"runtime.check_equal({{'layer.a': torch.ones(3), 'layer.b': torch.ones(2) + 1e-7 * processes.rank() * {apart}}}, torch.device('cpu'))\n"
         "runtime.finish()\nprint('equal')\n")
     code, out, error = launch_process([], 2, script=tmp_path / "two.py")
     assert (code == 0 and out.count("equal") == 2) if not apart else (code != 0 and "disagree about layer.b" in error and "equal" not in out)

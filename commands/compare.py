@@ -7,12 +7,10 @@ run is, at each alignment a, the largest diversity its curve shows at alignment 
     hypervolume                area of all (alignment, diversity) that some evaluation beats in both, above the base's alignment and one picture
 """
 import json
+import numpy as np
 import re
 from pathlib import Path
-
-import numpy as np
-
-import runtime
+from support import files
 from prompting import read_prompts
 
 ALIGNMENT = "eval/log_prob", "alignment: held-out log-probability (higher is better)"
@@ -23,9 +21,6 @@ COLUMNS = ("run", "seeds", "accuracy", "log-prob", "Vendi", "pairwise distance",
            "alignment at equal diversity, %", "hypervolume", "minutes")
 COLLAPSED = 1.5                                                          # a Vendi score below this, of eight pictures a prompt or more
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading.
 
 def load(folder):
     """A run's evaluations -> {"iteration" and every "eval/..." metric: array}, and "minutes", a number: what sampling and training took.
@@ -98,9 +93,6 @@ def few_a_prompt(config):
     except (KeyError, TypeError, ValueError):                            # the prompt file has moved
         return False
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pure functions of curves, {metric: [evaluations]}.
 
 def front(x, y, levels):
     """The largest y that the curve (x, y) shows where x is at least each level; NaN where x never gets there.
@@ -178,9 +170,6 @@ def table(runs):
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures.
-
 def band(curves, x, y):
     """Curves of a method's seeds -> levels [L] of x, from the start on, and y there [S, L]: fronts (the lowest of a Frechet distance), or over
     iterations the curves themselves. The levels end where the first of the seeds does, so that the mean is over the same seeds all along."""
@@ -214,7 +203,7 @@ def draw(runs, path, x=ALIGNMENT, panels=PANELS):
         axis.grid(alpha=0.3)
     np.atleast_1d(axes)[0].legend(fontsize=8)
     figure.tight_layout()
-    runtime.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -243,7 +232,7 @@ def draw_grids(files, path):
         for row, prompt in enumerate(prompts):
             axes[0, 0].text(-0.01 * wide, (row + 0.5) * high / len(prompts), prompt.text[:40], ha="right", va="center", fontsize=min(8, 240 / len(prompts)))
     figure.tight_layout()
-    runtime.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
+    files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
     plt.close(figure)
 
 
@@ -256,7 +245,7 @@ def draw_coefficients(out, names):
     axes[1].plot([row["update"] for row in rows], [row["std"] for row in rows])
     axes[0].set(xlabel="update", ylabel="mean of the policy: coefficient"), axes[1].set(xlabel="update", ylabel="its std, one line a block")
     axes[0].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1)), axes[1].set_ylim(bottom=0)
-    runtime.write_atomic(Path(out) / "coefficients.png", lambda path: figure.savefig(path, dpi=100, format="png"))
+    files.write_atomic(Path(out) / "coefficients.png", lambda path: figure.savefig(path, dpi=100, format="png"))
     plt.close(figure)
 
 

@@ -7,21 +7,23 @@ import dataclasses
 import math
 import os
 import re
-from pathlib import Path
-
 import torch
-
-import eval as evaluation
-import models
-import runtime
-from compare import grid_files, open_runs
-from features import TINY, check_features, check_price, check_target, target_path
-from model_files import BESIDE, OWN, read_json
-from picture_sets import choose, open_pictures, read_sidecar, settings, sidecar
+from pathlib import Path
+import bases
+from bases import files as base_files
+from rewards import targets
+from support import files
+from bases.files import BESIDE, OWN, read_json
+from bases.tensors import open_checkpoints
+from commands.compare import grid_files, open_runs
+from commands.picture_sets import choose, open_pictures, read_sidecar, settings, sidecar
 from prompting import read_prompts
-from rewards import DISTRIBUTION, check_classifier, check_labels, check_reward, needs_labels, parse
+from rewards import DISTRIBUTION, check_labels, check_reward, needs_labels, parse
+from rewards.classifier import check_classifier
+from rewards.features import TINY, check_features
+from rewards.targets import check_price, check_target, target_path
 from sampling import VP
-from weights import open_checkpoints, sweep
+from support.averages import sweep
 
 SEED = 2**63 - 1                                                         # the largest that torch takes
 LIMITS = {                                                               # the smallest and largest value of each number
@@ -48,7 +50,7 @@ def check(args, default):
         raise ValueError(f"--{name} {changed[name]}: --drift off would switch it off; leave out one of them")
     need(args.price != "potential" or not args.replace, f"--replace {args.replace}: means nothing with --price potential; add --price exact, or quadratic")
     need(not args.lora or args.train == "attention", f"--train {args.train}: a LoRA learns in attention and feed-forward, whatever this says; leave out --lora or --train")
-    args = dataclasses.replace(args, out=args.out or runtime.run_name(changed), **(off if args.drift == "off" else {}))
+    args = dataclasses.replace(args, out=args.out or files.run_name(changed), **(off if args.drift == "off" else {}))
     args = dataclasses.replace(args, keep=args.group_size if args.select == "all" else args.keep)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
@@ -67,7 +69,7 @@ def check(args, default):
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     rollouts, processes = args.prompts_per_step * args.group_size, int(os.environ.get("WORLD_SIZE", 1))
     need(processes <= rollouts, f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share")
-    folder = models.check(args.model)
+    folder = bases.check(args.model)
     check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
     check_shard(args, processes, end - first)
     need(not args.compile or processes < 2 or not (end - first) % args.updates and (args.select == "all" or not args.prompts_per_step % processes),
@@ -75,7 +77,7 @@ def check(args, default):
          f"{end - first} steps of --window and, unless --select is all, the processes divide --prompts_per_step")
     check_guide(args)
     if args.snapshot_every:
-        models.network_files(args.model)                                 # a snapshot names its base by the numbers in them
+        base_files.network_files(args.model)                                 # a snapshot names its base by the numbers in them
     weights = check_reward(args.reward, folder)
     for name in (name for name in ("features", "target", "price", "reference", "refresh") if name in changed and not {*weights} & {*DISTRIBUTION}):
         raise ValueError(f"--{name} {changed[name]}: means nothing where --reward, {args.reward}, names neither fid nor kid")
@@ -89,7 +91,7 @@ def check(args, default):
             check_price(args.price, args.reference, D or 0)
         if args.features == "evaluator":                                 # then the reward classifier judges
             check_classifier(folder / "reward")
-            evaluation.check_real(folder / "reward" / "real.npz")
+            targets.check_real(folder / "reward" / "real.npz")
         need(rollouts <= args.reference, f"--reference {args.reference}: must hold the {rollouts} rollouts of an iteration")
         need(args.prompts_per_step % (args.replace or 1) == 0,
              f"--replace {args.replace}: does not divide --prompts_per_step {args.prompts_per_step}")
@@ -97,7 +99,7 @@ def check(args, default):
         check_features(args.diversity_features, folder, "diversity_features")
     judge = (folder / "evaluator").is_dir()                              # without one, the rewards and --diversity_features judge
     if judge:
-        check_classifier(folder / "evaluator"), evaluation.check_real(folder / "evaluator" / "real.npz")
+        check_classifier(folder / "evaluator"), targets.check_real(folder / "evaluator" / "real.npz")
     own = [folder / "eval_prompts.jsonl", folder / "prompts.jsonl"]
     need(args.prompts or own[1].is_file(), f"--prompts: {folder} has no prompts.jsonl; give a file of prompts")
     args = dataclasses.replace(args, prompts=args.prompts or str(own[1]))
@@ -107,13 +109,13 @@ def check(args, default):
     need(args.eval_images % len(judged) == 0 and args.eval_images >= 2 * len(judged),
          f"--eval_images {args.eval_images}: must be a multiple of the {len(judged)} prompts of {args.eval_prompts}, two each at least")
     check_out(args.out, args.model)
-    runtime.open_run(args.out, vars(args), free=("out", "dry_run"))
+    files.open_run(args.out, vars(args), free=("out", "dry_run"))
     return args, prompts, judged
 
 
 def check_out(out, model):
     """Raises ValueError for an --out within what is copied from the base when the model is saved: it would be copied into itself, without end."""
-    kind, folder, *_ = models.locate(model)
+    kind, folder, *_ = base_files.locate(model)
     for path in [folder / name for name in BESIDE] if kind in OWN else [folder]:
         if Path(out).resolve().is_relative_to(path.resolve()):
             raise ValueError(f"--out {out}: lies in {path}, which is copied when the model is saved; choose an --out beside it")
@@ -127,7 +129,7 @@ def check_shard(args, processes, stochastic):
         raise ValueError("--shard: one process has nobody to share with; torchrun --nproc_per_node 2 train.py, or more")
     if flag := ("lora" * bool(args.lora) or "compile" * args.compile):
         raise ValueError(f"--shard: does not go with --{flag}" + "; a LoRA's gradients and optimizer are small" * (flag == "lora"))
-    if models.locate(args.model)[0] == "edm2":
+    if base_files.locate(args.model)[0] == "edm2":
         raise ValueError(f"--shard: torch deals no weight that is one number, and {args.model} has some; leave it out")
     for name in ("prompts_per_step", "eval_images") + ("reference",) * bool({*parse(args.reward)} & {*DISTRIBUTION}):
         if getattr(args, name) % processes:
@@ -138,7 +140,7 @@ def check_shard(args, processes, stochastic):
 
 def check_sampling(model, kernel="cps", **steps):
     """Raises ValueError if the schedule of a base does not have so many steps, {flag: number}, or its path does not know the kernel."""
-    kind, folder, *_ = models.locate(model)
+    kind, folder, *_ = base_files.locate(model)
     if kind == "StableDiffusionPipeline":
         config = read_json(folder / "scheduler" / "scheduler_config.json")
         for name, count in steps.items():
@@ -152,7 +154,7 @@ def check_sampling(model, kernel="cps", **steps):
 
 def check_guide(args):
     """Raises ValueError for a network that guides another at a guidance that does not ask it."""
-    *_, file, guide = models.locate(args.model)
+    *_, file, guide = base_files.locate(args.model)
     if guide and args.guidance == 1:
         raise ValueError(f"--guidance 1: leaves the guide {guide} without work; raise it, or give --model edm2:{file} alone")
 
@@ -167,8 +169,6 @@ def plan(args, prompts):
     return (f"{len(prompts)} prompts; an iteration: {args.prompts_per_step} groups x {args.group_size} = {rollouts} rollouts of {args.steps} steps, "
             f"{args.keep} kept of each group x {end - first} stochastic steps = {pairs} pairs, {args.passes * args.updates} optimizer steps of "
             f"{pairs // args.updates} pairs; {args.iterations} iterations = {args.iterations * rollouts} rollouts{pool}")
-
-
 MERGE_LIMITS = {
     **dict.fromkeys(("updates", "steps", "batch"), (1, math.inf)), **dict.fromkeys(("seed", "report_seed"), (0, SEED)), "guidance": (0, math.inf),
     **dict.fromkeys(("group_size", "images", "reference", "report_images"), (2, math.inf)), **dict.fromkeys(("std", "lr"), (1e-12, math.inf))}
@@ -192,14 +192,14 @@ def check_merge(args, default):
     for path in args.checkpoints:
         need(args.checkpoints.count(path) == 1, f"{path}: is given twice; once is enough")
     base, views = open_checkpoints(args.checkpoints, args.model)
-    args, folder = dataclasses.replace(args, model=str(base)), models.check(base)
+    args, folder = dataclasses.replace(args, model=str(base)), bases.check(base)
     need(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that torch can use; leave it at auto")
     averages = sweep(views, lengths) if args.command == "ema" else ()
     check_sampling(base, steps=args.steps), check_out(args.out, base)
     if args.command != "rl":
         several = args.command == "ema" and len(lengths) > 1            # a folder each, which the same command may complete
         need(several or not Path(args.out).exists(), f"--out {args.out}: exists; choose another")
-        runtime.open_run(args.out, vars(args) if several else {}, free=("out",))
+        files.open_run(args.out, vars(args) if several else {}, free=("out",))
         c = numbers("coefficients", args.coefficients)
         need(len(c) in (0, len(views)), f"--coefficients {args.coefficients}: {len(c)} numbers for {len(views)} checkpoints")
         need(not c or abs(sum(c) - 1) < 1e-6, f"--coefficients {args.coefficients}: sum to {sum(c):.6g}; they must sum to 1")
@@ -215,7 +215,7 @@ def check_merge(args, default):
             check_target(Path(path), D, "kid" in weights)
     judge = folder / ("reward" if args.features == "evaluator" else "evaluator")
     if judge.is_dir():
-        check_classifier(judge), evaluation.check_real(judge / "real-2.npz")
+        check_classifier(judge), targets.check_real(judge / "real-2.npz")
     own, labels = folder / "eval_prompts.jsonl", needs_labels(args.reward)
     prompts, judged = read_prompts(args.prompts), read_prompts(own if own.is_file() or judge.is_dir() else args.prompts)
     check_labels(judged if judge.is_dir() or labels else [], "eval_prompts.jsonl"), check_labels(prompts if labels else [], args.prompts)
@@ -223,7 +223,7 @@ def check_merge(args, default):
         need(getattr(args, name) % count == 0, f"--{name} {getattr(args, name)}: must be a multiple of the {count} prompts")
     need(args.images <= args.reference, f"--images {args.images}: is more than --reference {args.reference}")
     need(args.group_size % 2 == 0, f"--group_size {args.group_size}: must be even, for mirrored pairs")
-    runtime.open_run(args.out, vars(args), free=("out",))
+    files.open_run(args.out, vars(args), free=("out",))
     return args, base, views, prompts, judged
 
 
@@ -232,8 +232,6 @@ def numbers(flag, text):
         return [float(x) for x in text.split(",")] if text else []
     except ValueError:
         raise ValueError(f"--{flag} {text}: write numbers with commas between, as in 0.05,0.1") from None
-
-
 EVAL_LIMITS = {"steps": (1, math.inf), "batch": (1, math.inf), **dict.fromkeys(("n", "guidance"), (0, math.inf)), "resamples": (10, math.inf), "seed": (0, SEED)}
 EVAL_USES = {"images": {"out", "n", "prompts", "seed", "steps", "guidance", "precision", "batch", "device"}, "compare": {"out", "labels"}}
 EVAL_USES |= {"grid": EVAL_USES["compare"], "score": EVAL_USES["images"] | {"model", "reward", "features", "target", "resamples"}}
@@ -269,7 +267,7 @@ def check_eval(args, default):
 
 def check_images(args, need):
     """-> args, prompts. Raises ValueError where --out cannot be begun or gone on with."""
-    folder, out = models.check(args.inputs[0]), Path(args.out)
+    folder, out = bases.check(args.inputs[0]), Path(args.out)
     args = dataclasses.replace(args, n=args.n or 1000, model=args.inputs[0], prompts=args.prompts or str(folder / "eval_prompts.jsonl"))
     check_sampling(args.model, steps=args.steps)
     prompts, path = read_prompts(args.prompts), sidecar(out)
@@ -292,7 +290,7 @@ def check_score(args, default, need):
         s.size or check_sampling(s.model, steps=args.steps)
     for name in ("steps", "guidance", "precision"):
         need(any(s.size is None for s in sets) or getattr(args, name) == getattr(default, name), f"--{name}: means nothing to pictures that are there")
-    folder, last = models.check(args.model or sets[0].model or "assets/tiny"), sets[-1]
+    folder, last = bases.check(args.model or sets[0].model or "assets/tiny"), sets[-1]
     totals, texts = {s.total for s in sets}, [[(p.text, p.metadata) for p in s.prompts] for s in sets if s.prompts]
     need(len(totals) == 1, f"{sets[0].total} pictures in {sets[0].name} and {last.total} in {last.name}: the bias of FID falls with their number, "
                            f"so compare equal ones; --n {min(totals)}")
@@ -313,7 +311,7 @@ def check_score(args, default, need):
         check_classifier(folder / "evaluator")
     D, target = check_features(args.features, folder), target_path(args.target, args.features, folder)
     if args.features in TINY:
-        evaluation.check_real(folder / args.features / "real.npz")
+        targets.check_real(folder / args.features / "real.npz")
     check_target(target, D)
     for s in sets:
         size = " x ".join(map(str, s.size or ()))

@@ -11,22 +11,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
-
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from collections.abc import Mapping
+from pathlib import Path
+from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import save_file
-
-import models
-import runtime
-from sharding import whole
-
-
-EMA_LENGTHS = (0.05, 0.10)                                               # sigma_rel of the averages that training keeps, as EDM2 does
-
+import bases
+from bases import files as base_files
+from support import files
+from support import processes
+from support.sharding import whole
 
 class Weights(Mapping):
     """The tensors of safetensors files, each read when it is asked for; `facts` is the first file's metadata. Raises ValueError, in one line."""
@@ -109,29 +104,16 @@ def fingerprint(weights):
 
 def save_snapshots(out, iteration, weights, averages, base, keep):
     """out/snapshots/NNNNN.safetensors, the raw trained weights, and NNNNN-0.050.safetensors for each average; only the last `keep` stay."""
-    first, folder = runtime.rank() == 0, Path(out) / "snapshots"
-    facts = {"base": str(base), "fingerprint": fingerprint(Weights(models.network_files(base))), "iteration": str(iteration)} if first else {}
+    first, folder = processes.rank() == 0, Path(out) / "snapshots"
+    facts = {"base": str(base), "fingerprint": fingerprint(Weights(base_files.network_files(base))), "iteration": str(iteration)} if first else {}
     for suffix, tensors, length in (("", weights, ""), *((f"-{s:.3f}", average, str(s)) for s, average in averages.items())):
         tensors = {n: whole(p.detach()) for n, p in tensors.items()}     # every process must come here
         if first:
             folder.mkdir(exist_ok=True)
             tensors = {n: t.float().cpu().contiguous() for n, t in tensors.items()}
-            runtime.write_atomic(folder / f"{iteration:05d}{suffix}.safetensors", lambda path: save_file(tensors, path, facts | {"sigma_rel": length}))
+            files.write_atomic(folder / f"{iteration:05d}{suffix}.safetensors", lambda path: save_file(tensors, path, facts | {"sigma_rel": length}))
     for old in () if not first else sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: int(re.match(r"\d+", path.name)[0]))[:-keep * (1 + len(averages))]:
         old.unlink()
-
-
-@contextmanager
-def swapped(weights, others):
-    """Within the block the tensors of `weights` hold the values of `others` (both dicts of the same names); an empty `others` changes nothing."""
-    kept = {n: weights[n].detach().clone() for n in others}
-    try:
-        with torch.no_grad():
-            [weights[n].copy_(v) for n, v in others.items()]
-        yield
-    finally:
-        with torch.no_grad():
-            [weights[n].copy_(v) for n, v in kept.items()]
 
 
 def open_checkpoints(paths, model=""):
@@ -141,11 +123,11 @@ def open_checkpoints(paths, model=""):
     folder = model or next(iter(named), next((p for p, w in zip(paths, opened) if w is None), ""))
     if not folder:
         raise ValueError(f"{paths[0]}: does not say what its base is; name it with --model FOLDER")
-    models.check(folder)
-    base, mark = Weights(models.network_files(folder)), None
+    bases.check(folder)
+    base, mark = Weights(base_files.network_files(folder)), None
     for k, path in enumerate(paths):
         if opened[k] is None:
-            opened[k] = Weights(models.network_files(models.check(path)))
+            opened[k] = Weights(base_files.network_files(bases.check(path)))
             if odd := sorted({*opened[k]} ^ {*base}):
                 raise ValueError(f"{path}: {odd[0]} is in only one of it and the base {folder}")
         elif any(name.endswith(".lora_A.weight") for name in opened[k]):
@@ -199,67 +181,3 @@ def put(network, tensors):
         for name, own in network.state_dict(keep_vars=True).items():
             if name in tensors:
                 own.copy_(tensors[name])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Post-hoc EMA: an average with weights t^gamma up to the snapshot's time has the relative width sigma_rel.
-
-def sigma_rel_of(gamma):
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
-
-
-def gamma_of(sigma_rel):
-    """The inverse: the largest real root of g^3 + 7 g^2 + (16 - s^-2) g + 12 - s^-2. sigma_rel below sqrt(1/12) = 0.2887, a plain mean."""
-    roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
-    return float(roots[np.abs(roots.imag) < 1e-9].real.max())
-
-
-def power_decay(t, sigma_rel):
-    """What is kept of the average when the t-th weights (t = 1, 2, ...) come in: (1 - 1/t)^(gamma + 1); the first are taken whole."""
-    return (1 - 1 / t) ** (gamma_of(sigma_rel) + 1)
-
-
-def profile_product(t_a, gamma_a, t_b, gamma_b):
-    """The inner product of two averages' profiles p(s) ~ s^gamma on [0, t], each of integral 1; arrays broadcast."""
-    earlier = np.where(t_a < t_b, gamma_b, -gamma_a)
-    return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** earlier / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
-
-
-def ema_coefficients(times, sigma_rels, sigma_rel, time=None):
-    """The coefficients [K] that make averages of K (time, sigma_rel) the nearest to one of `sigma_rel` at `time` (default: the last).
-
-    Least squares between profiles, then divided by their sum (EDM2 eq. 26 ff.). Many come out negative: an affine space, not a simplex.
-
-    >>> ema_coefficients([10, 10, 20, 20], [0.05, 0.1, 0.05, 0.1], 0.08).round(2) + 0.0           # between the two of the last snapshot
-    array([0.  , 0.  , 0.26, 0.74])
-    """
-    t, gamma = np.asarray(times, float), np.array([gamma_of(s) for s in sigma_rels])
-    a = profile_product(t[:, None], gamma[:, None], t[None], gamma[None])
-    b = profile_product(t, gamma, t.max() if time is None else float(time), gamma_of(sigma_rel))
-    x = np.linalg.solve(a, b)
-    return x / x.sum()
-
-
-def sweep(views, lengths):
-    """Post-hoc EMA coefficients [K] for each length, over those checkpoints that are averages; none if fewer than two are."""
-    which = [k for k, view in enumerate(views) if view.facts.get("sigma_rel")]
-    if len(which) < 2:
-        return torch.zeros(0, len(views))
-    marks = [(float(views[k].facts["iteration"]), float(views[k].facts["sigma_rel"])) for k in which]
-    if len(set(marks)) < len(marks):
-        raise ValueError(f"two checkpoints are the average {max(marks, key=marks.count)[1]} of iteration {max(marks, key=marks.count)[0]:g}; give each once")
-    times, widths = zip(*marks)
-    found = torch.zeros(len(lengths), len(views), dtype=torch.float64)
-    found[:, which] = torch.stack([torch.as_tensor(ema_coefficients(times, widths, length)) for length in lengths])
-    return found
-
-
-def rivals(views, paths, lengths):
-    """What a search over merges has to beat -> {name: coefficients [K]}: each checkpoint alone, the uniform average, post-hoc EMA of every length."""
-    K = len(views)
-    stems = [Path(path).stem or path for path in paths]
-    found = {path if stems.count(stem) > 1 else stem: torch.eye(K, dtype=torch.float64)[k] for k, (path, stem) in enumerate(zip(paths, stems))}
-    found["uniform average"] = torch.full((K,), 1 / K, dtype=torch.float64)
-    with suppress(ValueError):                                           # averages of two runs have no third length
-        found |= {f"EMA {length:g}": c for length, c in zip(lengths, sweep(views, lengths))}
-    return found

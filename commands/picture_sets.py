@@ -7,33 +7,31 @@ Left out: latents, and pictures of several sizes in one npz.
 """
 import hashlib
 import json
+import numpy as np
 import shutil
 import sys
+import torch
 import zipfile
 import zlib
+from PIL import Image
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image
 from tqdm import tqdm
-
-import metrics
-import models
-import runtime
-from features import check_npz, picture_files, read_picture
-from model_files import locate
+import bases
+from bases import files as base_files
+from rewards import metrics
+from support import files
+from support import flags
+from support import processes
+from bases.files import locate
 from prompting import read_prompts
-from runtime import gather, share
+from rewards.targets import check_npz, picture_files, read_picture
 from sampling import sample, seeded_noise
+from support.processes import gather, share
 
 EVAL_STREAM = 2                                                          # keeps held-out noise apart from the training's
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing.
 
 @torch.no_grad()                                                         # in inference_mode, --shard would gather weights for it alone
 def stream(model, prompts, n, numbers, steps, guidance, key, batch):
@@ -55,8 +53,8 @@ def pictures(model, prompts, n, numbers, steps, guidance, key, batch):
 
 def open_model(name, prompts, device, precision):
     """The model with its prompts encoded: what its files hold, and whether a prompt is a class, shows only now, before anything is written."""
-    with runtime.refusing():
-        model = models.load(name, device, precision)
+    with flags.refusing():
+        model = bases.load(name, device, precision)
         model.forget_text_encoders([p.text for p in prompts] + [""])     # what they made of the prompts is kept for `stream`
     return model
 
@@ -66,9 +64,6 @@ def generate(model, prompts, n, steps, guidance, seed, batch):
     mine = pictures(model, prompts, n, list(share(len(prompts) * n)), steps, guidance, (EVAL_STREAM, seed), batch)
     return gather(mine, len(prompts) * n)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# images: a set of pictures, and beside it a json that says where it came from.
 
 def sidecar(out):
     return Path(f"{out}.json") if Path(out).suffix == ".npz" else Path(out) / "config.json"
@@ -83,7 +78,7 @@ def digests(args, prompts):
     """And what they name: digests of the network's files (and its guide's), whole, and of the prompts' texts. -> {name in the json: digest}"""
     *_, file, guide = locate(args.model)
     found = hashlib.sha256()
-    for path in [*([file] if file else models.network_files(args.model)), *([guide] if guide else [])]:
+    for path in [*([file] if file else base_files.network_files(args.model)), *([guide] if guide else [])]:
         with open(path, "rb") as opened:
             found.update(hashlib.file_digest(opened, "sha256").digest())
     return {"network_digest": found.hexdigest()[:16], "prompts_digest": hashlib.sha256(json.dumps([p.text for p in prompts]).encode()).hexdigest()[:16]}
@@ -91,10 +86,10 @@ def digests(args, prompts):
 
 def make_images(args, prompts):
     """Writes the pictures that are not there yet; those of an npz as parts, which are put together when all are done."""
-    device, out, there, here = runtime.start(args.device), Path(args.out), read_sidecar(args.out), digests(args, prompts)
+    device, out, there, here = processes.start(args.device), Path(args.out), read_sidecar(args.out), digests(args, prompts)
     for name, what in (("network_digest", f"the weights of {args.model}"), ("prompts_digest", f"the texts of {args.prompts}")):
         if there.get(name, here[name]) != here[name]:                    # an older json has none
-            runtime.refuse(f"--out {out}: {what} have changed since it was made; choose another --out")
+            flags.refuse(f"--out {out}: {what} have changed since it was made; choose another --out")
     packed, parts = out.suffix == ".npz", Path(f"{out}.parts")
     folder = parts if packed else out
     if packed:
@@ -103,18 +98,18 @@ def make_images(args, prompts):
         done = {int(path.stem) for path in out.glob("[0-9]*.png")}
     todo = [i for i in range(args.n) if i not in done]
     mine, model = [todo[k] for k in share(len(todo))], open_model(args.model, prompts, device, args.precision) if todo else None
-    runtime.all_sum(torch.zeros(1, device=device))                       # all have looked before any writes
-    if runtime.rank() == 0 and todo:
+    processes.all_sum(torch.zeros(1, device=device))                       # all have looked before any writes
+    if processes.rank() == 0 and todo:
         folder.mkdir(parents=True, exist_ok=True)
-        runtime.write_atomic(sidecar(out), lambda path: path.write_text(json.dumps(settings(args) | here, indent=2) + "\n"))
-    runtime.all_sum(torch.zeros(1, device=device))
+        files.write_atomic(sidecar(out), lambda path: path.write_text(json.dumps(settings(args) | here, indent=2) + "\n"))
+    processes.all_sum(torch.zeros(1, device=device))
     if mine:
-        with tqdm(total=len(mine), disable=runtime.rank() > 0, desc="pictures", unit="") as bar:
+        with tqdm(total=len(mine), disable=processes.rank() > 0, desc="pictures", unit="") as bar:
             for numbers, x in stream(model, prompts, args.n // len(prompts), mine, args.steps, args.guidance, (EVAL_STREAM, args.seed), args.batch):
-                save_pictures(folder, numbers.tolist(), runtime.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), packed)
+                save_pictures(folder, numbers.tolist(), files.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), packed)
                 bar.update(len(numbers))
-    runtime.all_sum(torch.zeros(1, device=device))
-    if runtime.rank() == 0:
+    processes.all_sum(torch.zeros(1, device=device))
+    if processes.rank() == 0:
         if packed:
             if todo or not out.is_file():
                 assemble(parts, out, args.n)
@@ -125,10 +120,10 @@ def make_images(args, prompts):
 def save_pictures(folder, numbers, pixels, packed):
     """Pixels [B, H, W, 3], uint8, as NNNNNN.png each, or as one part that is named after its first picture."""
     if packed:
-        runtime.write_atomic(folder / f"{numbers[0]:06d}.npz", lambda path: np.savez(path, numbers=numbers, pixels=pixels))
+        files.write_atomic(folder / f"{numbers[0]:06d}.npz", lambda path: np.savez(path, numbers=numbers, pixels=pixels))
         return
     for i, image in zip(numbers, pixels):
-        runtime.write_atomic(folder / f"{i:06d}.png", lambda path: Image.fromarray(image).save(path, format="PNG"))
+        files.write_atomic(folder / f"{i:06d}.png", lambda path: Image.fromarray(image).save(path, format="PNG"))
 
 
 def assemble(parts, out, n):
@@ -139,11 +134,8 @@ def assemble(parts, out, n):
             numbers, x = file["numbers"], file["pixels"]
         pixels = np.zeros((n, *x.shape[1:]), np.uint8) if pixels is None else pixels
         pixels[numbers] = x
-    runtime.write_atomic(out, lambda path: np.savez(path, arr_0=pixels))
+    files.write_atomic(out, lambda path: np.savez(path, arr_0=pixels))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# score: any set of pictures, as bytes, so that a model, its folder of PNG and its npz give the same numbers.
 
 @dataclass
 class Pictures:
@@ -180,7 +172,7 @@ def open_pictures(args, name):
     files = [] if path.suffix == ".npz" or is_model else [p for p in picture_files(path) if not p.name.startswith(".")]
     if path.suffix != ".npz" and not files:
         try:
-            folder = models.check(name)
+            folder = bases.check(name)
         except ValueError as error:
             raise ValueError(f"{name}: neither pictures (a folder, or an .npz with arr_0) nor a model ({error})") from None
         return drawn_pictures(args, name, args.prompts or str(folder / "eval_prompts.jsonl"))
@@ -216,7 +208,7 @@ def drawn_pictures(args, name, where):
     def read(numbers, device):
         model = open_model(name, prompts, device, args.precision)
         for _, x in stream(model, prompts, total // len(prompts), list(numbers), args.steps, args.guidance, (EVAL_STREAM, args.seed), args.batch):
-            yield runtime.to_uint8(x).float() / 255
+            yield files.to_uint8(x).float() / 255
     return Pictures(name, total, prompts, None, read, name)
 
 

@@ -8,19 +8,42 @@ Left out: label dropout (see `embed`), guidance (the caller's) and the initialis
 import argparse
 import math
 import re
-import zipfile
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
+import zipfile
+from pathlib import Path
 from torch import nn
+from bases.files import class_ids, class_names, stated_heads
+from bases.generator import Generator, _from_velocity, _libraries, _part
+from sampling import Flow
 
+class SiTGenerator(Generator):
+    """SiT (arXiv 2401.08740, sit.py) in our direction of time, 1 noise, 0 data; prompts are classes, and their embedding is what takes noise."""
+
+    def __init__(self, file, device, precision, decode_batch):
+        super().__init__(file.parent, device, precision, decode_batch)
+        self.network, self.path = load(file, stated_heads(file))[0].to(device), Flow()
+        self.vae, self.names = _part(_libraries()[0].AutoencoderKL, self.folder / "vae", device), class_names(self.folder, self.network.num_classes)
+        self.shape = self.network.shape
+
+    guided_channels = 3                                                  # as published; the fourth latent follows the prompt alone
+
+    def __call__(self, x_t, t, prompt):
+        with self.autocast():
+            v = -self.network(x_t, 1 - t, prompt[0])
+        return _from_velocity(x_t, t, v.float())
+
+    def embed(self, texts):
+        return (self.network.embed(torch.tensor(class_ids(self.folder, self.names, texts, self.network.num_classes), device=self.device)),)
+
+    def picture(self, z):
+        return self.vae.decode(z / 0.18215, return_dict=False)[0] / 2 + 0.5
+
+    def save(self, folder, weights=None):
+        self.save_own(folder, "sit", {"num_heads": self.network.blocks[0].heads}, weights)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}    # hidden size, depth, heads
 FREQUENCIES = 128                                                        # of the time embedding: a sine and a cosine each
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The network. ModuleDicts stand where only the published key names ask for one more level.
 
 def sincos_positions(grid, hidden):
     """Fixed positions of grid x grid tokens -> [1, grid^2, hidden], row by row: the first half tells the column, the second the row."""
@@ -111,9 +134,6 @@ class SiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side, side)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints.
-
 def load(path, num_heads=None):
     """-> (SiT in float32 on the CPU, its constructor's arguments as a dict). Raises ValueError as `check` does. Draws no random numbers."""
     state = _read(Path(path))
@@ -193,10 +213,3 @@ def _config(path, state, num_heads):
 
 def _first(names, few=3):
     return ", ".join(names[:few]) + (f" and {len(names) - few} more" if len(names) > few else "")
-
-
-if __name__ == "__main__":                                               # the published sizes for 256 x 256 pictures, latents of 4 x 32 x 32
-    for name, (hidden_size, depth, num_heads) in SIZES.items():
-        with torch.device("meta"):
-            weights = SiT(32, 2, 4, hidden_size, depth, num_heads, 1000).state_dict().values()
-        print(f"SiT-{name}/2: {sum(w.numel() for w in weights):,} numbers")

@@ -10,12 +10,11 @@ import functools
 import math
 import shutil
 import sys
-from contextlib import contextmanager
-
 import torch
-
-from runtime import all_say, gather, newest_checkpoint, rank, world
-from sharding import local
+from contextlib import contextmanager
+from support.files import newest_checkpoint
+from support.processes import all_say, gather, rank, world
+from support.sharding import local
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-4, "compiled float32": 1e-5, "compiled bfloat16": 1e-3}         # of the first ratio
 

@@ -7,16 +7,14 @@ by its weight's direction alone, so there the change goes into the weight, befor
 Left out: 3 x 3 convolutions, text encoders, several LoRAs at once.
 """
 import math
+import torch
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-
-import torch
 from safetensors.torch import save_file
 from torch import nn
-
-from edm2 import Layer
-from sharding import whole
+from types import SimpleNamespace
+from bases.edm2 import Layer
+from support.sharding import whole
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",       # attention of diffusers
            "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",                         # and its feed-forward

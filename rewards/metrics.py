@@ -12,10 +12,8 @@ generated pictures; recall and coverage are means over the real ones, and for th
 Left out: intervals for the choice of the real pictures otherwise, and the bias of FID at finite n, which no resampling removes.
 """
 import math
-
 import numpy as np
 import torch
-
 from dist_reward import kernel_sums, polynomial_kernel, sqrt_psd
 
 NEIGHBOURS = 5                                                           # k of precision, recall, density and coverage
@@ -59,9 +57,6 @@ def smallest_distance(features):
     return float(distances.fill_diagonal_(math.inf).min())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Against real pictures.
-
 def neighbour_radii(features, k=NEIGHBOURS, shard=1000):
     """features [n, D] -> each one's distance to its k-th nearest other [n]. Raises ValueError if there are not k others."""
     if len(features) <= k:
@@ -83,9 +78,6 @@ def neighbourhoods(generated, real, k=NEIGHBOURS, shard=1000):
     inside = torch.cat(rows)
     return {"precision": (inside > 0).double(), "recall": recalled.double(), "density": inside / k, "coverage": covered.double()}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Resampling.
 
 def resample_counts(n, resamples, key):
     """-> counts [1 + resamples, n], float64: ones, then draws of n with replacement; a function of the numbers in `key`."""

@@ -10,11 +10,8 @@ import json
 import re
 import shutil
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-
-import edm2
-import sit
+from safetensors import SafetensorError
+from safetensors import safe_open
 
 NETWORK = {"StableDiffusionPipeline": "unet", "StableDiffusion3Pipeline": "transformer"}      # the folder of the trained network
 OWN = ("sit", "edm2")                                                    # the two whose network no library holds
@@ -30,29 +27,13 @@ WANTED = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer*/*.j
     for file in ("config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*.safetensors")]      # never a pickle
 
 
-def check(name):
-    """Raises ValueError, in one line, if `name` is not a model that `load` can read. Returns its folder.
-
-    Of safetensors and .pt files only the headers are read; a .pkl has none, so it is read whole (and nothing in it is run).
-    """
-    try:
-        kind, folder, file, guide = locate(name)
-        if kind in OWN:
-            _check_own(kind, folder, file, guide)
-        else:
-            _check_pipeline(folder, kind)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--model {name}: {error}") from None
-    return folder
-
-
 def network_files(name):
     """The safetensors files of the network that is trained, one or several shards: what a merge reads. `name` as for `check`, or its folder."""
     kind, folder, file, _ = locate(name)
     if kind not in OWN:
         return _weight_files(folder / NETWORK[kind])
     if file.suffix != ".safetensors":
-        raise ValueError(f"--model {name}: {file.name} is not a safetensors file; write one with models.load({str(name)!r}).save(FOLDER)")
+        raise ValueError(f"--model {name}: {file.name} is not a safetensors file; write one with bases.load({str(name)!r}).save(FOLDER)")
     return [file]
 
 
@@ -66,7 +47,7 @@ def locate(name):
         return kind, Path(file).parent, Path(file), Path(guide) if comma else None
     folder = Path(name)
     if str(name) == DEFAULT and not folder.exists():
-        folder = Path(__file__).resolve().parent / DEFAULT
+        folder = Path(__file__).resolve().parent.parent / DEFAULT
     elif not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
         folder = _fetch(str(name))
     if not folder.is_dir():
@@ -188,25 +169,6 @@ def _check_channels(channels, vae):
     if channels not in ((1, 3) if vae is None else (vae.get("latent_channels"),)):
         raise ValueError(f"the network has {channels} channels, and " + ("pixels have 1 or 3" if vae is None else
                          f"the latents of vae/ have {vae.get('latent_channels')}; it belongs to another network"))
-
-
-def _check_own(kind, folder, file, guide):
-    if kind == "sit":
-        config = sit.check(file, stated_heads(file))
-        channels, classes, vae = config["in_channels"], config["num_classes"], "stabilityai/sd-vae-ft-ema"
-    else:
-        config = edm2.check(file)[1]
-        channels, classes, vae = config["img_channels"], config["label_dim"], "stabilityai/sd-vae-ft-mse"
-        other = edm2.check(guide)[1] if guide else config
-        for key in ("img_resolution", "img_channels", "label_dim"):
-            if other[key] not in (config[key], 0):                       # without classes it is the unconditional network
-                raise ValueError(f"{guide}: has {key} {other[key]}, and {file.name} {config[key]}; give a guide of the same data")
-    if not classes:
-        raise ValueError(f"{file}: has no classes, which are its prompts here; give a class-conditional network")
-    if not (folder / "vae").is_dir():
-        raise ValueError(f"{folder / 'vae'} is missing, which decodes its latents; get it by hf download {vae} --local-dir {folder / 'vae'}")
-    _check_channels(channels, _check_part(folder / "vae"))
-    class_names(folder, classes)
 
 
 def stated_heads(file):

@@ -6,24 +6,62 @@ F preserves magnitudes: every weight is normalised when it is used (eqs. 47, 66)
 88, 103); figure 21 shows it whole. Names in the state dict are the published ones. Left out on purpose: the log-variance head (its
 weights are only carried along), dropout, fp16, and writing the normalised weights back, which belong to training from scratch.
 """
-import io
 import math
-import pickle
-import pickletools
 import re
-from pathlib import Path
-
 import torch
+from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.functional import avg_pool2d, conv2d, interpolate, silu
+from torch.nn.functional import avg_pool2d
+from torch.nn.functional import conv2d
+from torch.nn.functional import interpolate
+from torch.nn.functional import one_hot
+from torch.nn.functional import silu
+from bases.edm2_pickle import ADMITTED, CLIP, CONCAT_BALANCE, LABEL_BALANCE, RESIDUAL_BALANCE, SIGMA_DATA, _collect, _unpickle
+from bases.files import class_ids, class_names
+from bases.generator import Generator, _libraries, _part
+from sampling import EDM
 
-SIGMA_DATA, LABEL_BALANCE, CONCAT_BALANCE, RESIDUAL_BALANCE, CLIP = 0.5, 0.5, 0.5, 0.3, 256
+class EDM2Generator(Generator):
+    """EDM2 (arXiv 2312.02696, edm2.py); prompts are classes, and their embedding is what takes noise; the null label is zeros."""
+    initial_std = 80.0                                                   # sigma_max
 
+    def __init__(self, file, device, precision, decode_batch, guide=None):
+        super().__init__(file.parent, device, precision, decode_batch)
+        self.network, self.path = load(file).to(device), EDM
+        self.guide_network = load(guide).to(device).requires_grad_(False) if guide else None
+        self.guide = self.weaker if guide else None                      # stands in for the null prompt in `sampling.predict`
+        self.vae, self.names = _part(_libraries()[0].AutoencoderKL, self.folder / "vae", device), class_names(self.folder, self.network.label_dim)
+        side = int(next(iter(self.network.unet.enc)).split("x")[0])      # the first layer is called 64x64_conv
+        self.shape = (len(self.network.unet.out_conv.weight), side, side)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operations that keep the magnitude: unit variance in, unit variance out.
+    def __call__(self, x_t, t, prompt):
+        return self.predict(self.network, x_t, t, prompt[0])
+
+    def predict(self, network, x_t, t, embedding):
+        with self.autocast():
+            x0_hat = network(x_t, t, embedding=embedding).float()
+        return x0_hat, (x_t - x0_hat) / t.reshape(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def weaker(self, x_t, t, prompt):
+        """The guide's prediction at the same prompt, or at none if it knows no classes."""
+        return self.predict(self.guide_network, x_t, t, prompt[1] if self.guide_network.label_dim else None)
+
+    def embed(self, texts):
+        ids = torch.tensor(class_ids(self.folder, self.names, texts, self.network.label_dim), device=self.device)
+        labels = one_hot(ids, self.network.label_dim + 1)[:, :-1].float()
+        return tuple(network.embed(labels) for network in (self.network, self.guide_network) if network and network.label_dim)
+
+    def picture(self, z):
+        return self.vae.decode(latents_to_vae(z), return_dict=False)[0]
+
+    def save(self, folder, weights=None):
+        self.save_own(folder, "edm2", {"channels_per_head": self.network.channels_per_head}, weights)
+        if self.guide_network:
+            save(self.guide_network, Path(folder) / "guide.safetensors")
+
 
 def normalize(x, dims, eps=1e-4):
     """x / (eps + its root mean square over `dims`), of the same shape (eq. 47)."""
@@ -187,8 +225,6 @@ class EDM2(nn.Module):
         total = sigma**2 + SIGMA_DATA**2
         f = self.unet(x / total.sqrt(), sigma.log().flatten() / 4, embedding)
         return SIGMA_DATA**2 / total * x + sigma * SIGMA_DATA / total.sqrt() * f.to(x.dtype)
-
-
 # EDM2's latents have mean 0 and std 0.5 in each channel; those of the VAE (sd-vae-ft-mse, unscaled) have these:
 RAW_MEAN, RAW_STD, FINAL_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28), 0.5
 
@@ -201,82 +237,6 @@ def latents_to_vae(x):
 def vae_to_latents(z):
     """The inverse: z [B, 4, H, W] of the VAE's encoder -> x of EDM2."""
     return (z - z.new_tensor(RAW_MEAN)[:, None, None]) * FINAL_STD / z.new_tensor(RAW_STD)[:, None, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files. A released snapshot is a pickle of objects that carry their own source text and run it when loaded in the usual way. Here every
-# name in it becomes a class that remembers its arguments and does nothing, so there is no call that a hostile file could make.
-
-DTYPES = {"torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16, "torch.FloatStorage": torch.float32}
-PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
-ADMITTED = {PERSISTENT, "dnnlib.util.EasyDict", "collections.OrderedDict", "torch.nn.modules.container.ModuleDict", "torch.device",
-            "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes", "numpy.ndarray",
-            "numpy.dtype", "_codecs.encode"} | {f"numpy.{core}.{name}" for core in ("core", "_core") for name in
-                                                ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")}
-FIXED = {"sigma_data": SIGMA_DATA, "label_balance": LABEL_BALANCE, "concat_balance": CONCAT_BALANCE, "res_balance": RESIDUAL_BALANCE,
-         "attn_balance": RESIDUAL_BALANCE, "clip_act": CLIP, "resample_filter": [1, 1]}       # what the network above takes for granted
-
-
-class Inert(dict):
-    """Stands for a global of the pickle, `origin`, and for what calling it with `args` would make; a dict, as the pickle may set items."""
-    origin, args = None, ()
-
-    def __init__(self, *args):
-        self.args = args
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def _unpickle(file, admitted):
-    """The next pickle of a binary file, with an Inert for every global. Raises whatever a damaged or hostile pickle makes pickle raise."""
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if f"{module}.{name}" not in admitted:
-                raise ValueError(f"it asks for {module}.{name}, which no snapshot needs")
-            return type("Inert", (Inert,), {"origin": f"{module}.{name}"})
-
-        persistent_load = staticmethod(lambda pid: pid)                  # a storage's bytes have it in place of the storage
-
-    start = file.tell()
-    for opcode, argument, _ in pickletools.genops(file):                 # reads, runs nothing
-        if opcode.name.startswith("EXT") or opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > 1_000_000:
-            raise ValueError(f"it holds {opcode.name} {argument}, which no snapshot needs")     # memo slot 2^31: ten bytes that take 32 GB
-    file.seek(start)
-    return Unpickler(file).load()
-
-
-def _tensor(node):
-    """The tensor of a node. A storage's bytes are five pickles (magic number, version, system, storage, keys), a count and the data."""
-    node = node.args[0] if node.origin == "torch._utils._rebuild_parameter" else node
-    storage, offset, size, stride = node.args[:4]
-    if (node.origin, storage.origin) != ("torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"):
-        raise ValueError(f"a weight is made by {node.origin} from {storage.origin}")
-    file = io.BytesIO(storage.args[0])
-    kind = [_unpickle(file, DTYPES) for _ in range(5)][3][1]             # the storage is ("storage", its class, key, device, count, ...)
-    dtype, count, data = DTYPES[kind.origin], int.from_bytes(file.read(8), "little"), bytearray(file.read())
-    if len(data) != count * dtype.itemsize or not 0 < math.prod(size) <= count:
-        raise ValueError("a tensor and its storage differ in size")      # a stride of 0 could ask for any amount of memory
-    return torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset).contiguous().clone()     # raises if it leaves the storage
-
-
-def _collect(module, prefix, state, heads, seen):
-    """Adds a pickled module's tensors to `state` under their published names, and the widths of its attention heads to `heads`."""
-    if id(module) in seen:
-        raise ValueError(f"{prefix[:-1]} is shared or contains itself")  # else a small file could unfold to an endless one
-    seen.add(id(module))
-    fields = module.args[0]["state"] if module.origin == PERSISTENT else module.state
-    for name, value in FIXED.items():
-        if fields.get(name, value) != value:
-            raise ValueError(f"{prefix}{name} is not {value}, the only value built here")
-    for name, node in [*fields["_parameters"].items(), *fields["_buffers"].items()]:
-        if node is not None and name not in fields["_non_persistent_buffers_set"]:
-            state[prefix + name] = _tensor(node)
-    for name, child in fields["_modules"].items():
-        if child is not None:
-            _collect(child, f"{prefix}{name}.", state, heads, seen)
-    if "attn_qkv" in fields["_modules"]:
-        heads.add(state[f"{prefix}attn_qkv.weight"].shape[1] // fields["num_heads"])
 
 
 def arguments_of(state, channels_per_head=64):
@@ -324,11 +284,6 @@ def check(path, channels_per_head=None):
         raise ValueError(f"{path}: not an EDM2 network that can be read here ({reason}); give a released snapshot, fetched anew") from None
 
 
-def read_pickle(path):
-    """The state dict of a released snapshot: check(path)[0]."""
-    return check(path)[0]
-
-
 def load(path, channels_per_head=None):
     """The network of a released snapshot (.pkl) or of a state dict (.safetensors), in float32 and in eval(). channels_per_head None: what
     the file says (a snapshot and a file of `save` do), else 64. Raises ValueError as `check` does."""
@@ -342,9 +297,3 @@ def load(path, channels_per_head=None):
 def save(network, path):
     """Writes the state dict as a .safetensors file that `load` reads, with the one argument that no shape tells."""
     save_file(network.state_dict(), path, {"channels_per_head": str(network.channels_per_head)})
-
-
-if __name__ == "__main__":
-    with torch.device("meta"):                                           # takes no memory
-        xs = EDM2(64, 4, 1000, 128, [1, 2, 3, 4], 3, [16, 8])            # the smallest published network for ImageNet-512
-    print(f"EDM2-XS: {sum(p.numel() for p in xs.parameters()) / 1e6:.1f} million parameters in {len(list(xs.parameters()))} tensors")

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-
 def shard(network):
     """Deals the weights of a network over the processes, in place, block by block -> its parameters, {name: parameter}, now pieces (DTensor).
 

@@ -5,204 +5,21 @@ flat all-reduce; what a sample is depends on its number alone. One process needs
 A run folder holds config.json, metrics.jsonl, grids/, checkpoint-NNNNN/ and model/. Every write goes to a temporary name, is flushed to
 disk and renamed, so a kill leaves the old file or the new one; the same command again goes on from the newest checkpoint.
 """
-import argparse
-import dataclasses
 import hashlib
-import inspect
 import json
-import math
-import os
-import re
-import shutil
-import signal
-import sys
-from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
-from typing import Literal, get_args, get_origin
-
 import numpy as np
+import os
+import shutil
 import torch
-import torch.distributed as dist
 from PIL import Image
+from contextlib import contextmanager
+from pathlib import Path
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
-from sharding import is_piece, load_state, piece, whole, whole_state
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line.
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each flag that has one and does not say it itself, and the file's header as it stands."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default == "" or "(default" in action.help else super()._get_help_string(action)
-
-
-def parse_args(cls, description, argv=None):
-    """A dataclass as a command line: each field's name, type and default, and its trailing comment as help. Bad flags exit with 2."""
-    source, section, sections = inspect.getsource(cls), None, {}
-    comments = dict(re.findall(r"^ +(\w+) *:.*?# *(.+)$", source, re.M))
-    for line in source.splitlines():
-        if title := re.match(r" +# (.+)$", line):
-            section = title[1]
-        elif field := re.match(r" +(\w+) *:", line):
-            sections[field[1]] = section
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=Help)
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(sections.values())}
-    for f in dataclasses.fields(cls):
-        kind = {"choices": get_args(f.type)} if get_origin(f.type) is Literal else {"type": f.type, "metavar": f.type.__name__}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-        if f.default is dataclasses.MISSING:                             # a field without default is positional; a list takes one or more
-            parser.add_argument(f.name, help=comments[f.name], **({"nargs": "+", "metavar": f.name.rstrip("s").upper()} if f.type is list else kind))
-            continue
-        groups[sections[f.name]].add_argument("--" + f.name, default=f.default, help=comments[f.name], **kind)
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def refuse(error):
-    """A user's mistake: one line on stderr (from the first process only), exit code 2."""
-    if rank() == 0:
-        print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-@contextmanager
-def refusing():
-    """Within the block a ValueError is the user's mistake: one that shows only when a file is read whole."""
-    try:
-        yield
-    except ValueError as error:
-        refuse(error)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes.
-
-def start(device="auto", minutes=30):
-    """Joins the process group if torchrun started us; -> the device of this process. A collective waits for `minutes` at most."""
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ and not dist.is_initialized():
-        from torch import _dynamo  # noqa: F401                          # by an optimizer it would come later, and hold the group and its threads to the end
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes))
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-
-
-def finish():
-    if dist.is_initialized():
-        dist.barrier()                                                   # nobody leaves while another still needs him
-        dist.destroy_process_group()
-
-
-class Interrupt:
-    """Within the block SIGTERM and Ctrl-C are noted and not obeyed: `asked` tells every process, at a line that all of them reach."""
-
-    def __enter__(self):
-        self.signal = 0
-        self.before = {s: signal.signal(s, lambda number, frame: setattr(self, "signal", number)) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def asked(self, device):
-        if asked := int(all_max(self.signal, device)):                   # else one that came meanwhile stays for the next time
-            self.signal = asked
-        return asked > 0
-
-    def leave(self, out):
-        """Ends the process as a shell expects of one that a signal has stopped."""
-        if rank() == 0:
-            print(f"{out}: stopped after checkpoint {newest_checkpoint(out)[1]['step']} by signal {self.signal}; the same command goes on")
-        finish()
-        raise SystemExit(128 + self.signal)
-
-
-def check_equal(weights, device):
-    """Raises RuntimeError if the processes do not hold the same weights: a sum of each tensor is compared."""
-    if dist.is_initialized():
-        mine = torch.stack([value.detach().double().sum() for value in weights.values()]).to(device)
-        for kind in (dist.ReduceOp.MIN, dist.ReduceOp.MAX):
-            seen = mine.clone()
-            dist.all_reduce(seen, kind)
-            for name, a, b in zip(weights, mine.tolist(), seen.tolist()):
-                if a != b and not (math.isnan(a) and math.isnan(b)):
-                    raise RuntimeError(f"the processes disagree about {name}: {a!r} on process {rank()}, {b!r} on another; the last checkpoint is whole")
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def share(n, of=None):
-    """The samples of 0 .. n - 1 that belong to this process (or to process `of`): contiguous, sizes differing by one at most."""
-    of = rank() if of is None else of
-    return range(n * of // world(), n * (of + 1) // world())
-
-
-def gather(mine, n):
-    """Every process's rows, in order of sample -> [n, ...] on every process; mine is [len(share(n)), ...]."""
-    if not dist.is_initialized():
-        return mine
-    sizes = [len(share(n, r)) for r in range(world())]
-    padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine), *mine.shape[1:])]).contiguous()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
-
-
-def all_say(what):
-    """What each process says, any object, in their order."""
-    said = [what] * world()
-    if dist.is_initialized():
-        dist.all_gather_object(said, what)
-    return said
-
-
-def all_sum(tensor):
-    """The sum of a tensor over the processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def sum_gradients(parameters):
-    """Adds up the gradients of all processes by one flat all-reduce; a parameter that got none here counts as 0."""
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if dist.is_initialized():
-        flat = all_sum(torch.cat([p.grad.flatten() for p in parameters]))
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(g.view_as(p))
-
-
-def all_max(number, device):
-    """The largest of a number, or tensor of one, over the processes."""
-    tensor = torch.as_tensor(number, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.item()
-
-
-def peak_memory(device):
-    """GB: of the GPU if there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files.
+from safetensors.torch import load_file
+from safetensors.torch import save_file
+from support.flags import refuse
+from support.processes import rank
+from support.sharding import is_piece, load_state, piece, whole, whole_state
 
 def write_atomic(path, write):
     """write(temporary path), flush it to disk, rename it to path, a file or a folder: only whole results are ever seen there. What a kill leaves,
