@@ -121,6 +121,27 @@ def evaluate(args, model, judged, judge, reward, look, measure, target, iteratio
     return {"eval/" + name: value for name, value in scores.items()}
 
 
+class Evaluator:
+    """What a training is judged by, at the same prompts and noise every time."""
+
+    def __init__(self, args, setup, prompts, device):
+        self.args, self.setup, self.prompts = args, setup, prompts
+        folder = setup.model.folder
+        rewarded_by_evaluator = args.features == "evaluator" and setup.reference_set
+        name = "reward" if rewarded_by_evaluator else "evaluator"           # who judges is not who rewards
+        self.judge = Judge(folder, name, device) if (folder / name).is_dir() else None
+
+    def __call__(self, iteration):
+        setup = self.setup
+        members = setup.reference_set
+        with setup.averages.applied():
+            return evaluate(self.args, setup.model, self.prompts, self.judge, setup.reward, setup.diversity_features,
+                            members and members.features, members and members.target, iteration)
+
+
+
+
+
 def open_networks(args, folder, labelled, device):
     """-> see: pictures [B, 3, H, W] and their B prompts (or None) -> {"features": [B, D]} and, if there are prompts, the alignments [B]."""
     network = load_features(args.features, folder, device)

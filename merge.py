@@ -34,7 +34,7 @@ from bases.tensors import Over, Weights, block_of, put
 from commands.checks import check_merge, numbers
 from commands.picture_sets import stream
 from rewards import Reward
-from rewards.targets import check_target, load_target, open_pool
+from rewards.targets import check_target, load_target, open_reference_set
 from sampling import seeded_noise
 from shaping import group_advantage
 from support.averages import rivals, sweep
@@ -159,7 +159,8 @@ class Search:
         self.reward, self.pool = Reward(args.reward, model.folder, model.device), None
         if self.reward.distribution:
             blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
-            self.pool, self.measure, _ = open_pool(self.reward.distribution, args.features, args.target, model.folder, args.reference, blank)
+            reference_set = open_reference_set(self.reward.distribution, args.features, args.target, model.folder, args.reference, blank)
+            self.pool, self.measure = reference_set.members, reference_set.features
             check_target(Path(args.report_target), self.measure(blank).shape[1])
 
     def batches(self, c, numbers, count, key):
@@ -330,7 +331,7 @@ def rl(args, folder, views, prompts, judged):
     log = files.Log(out, vars(args), files.newest_checkpoint(out)[1]["lines"])
     with processes.Interrupt() as interrupt:
         found = search(args, task, blocks, rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel)), log, interrupt)
-    c, rows = found or interrupt.leave(f"{out}: stopped after checkpoint {files.newest_checkpoint(out)[1]['step']} by signal {interrupt.signal}; the same command goes on")
+    c, rows = found or interrupt.leave(files.stopped(out, interrupt.signal))
     table = report(args, task, Over({}, base, list(views[0])), judged, {"base model": None} | rows | {"RL": c})
     put(model.network, merge(views, c))
     files.save_model(out / "model", model)

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from support.files import read_json
 from safetensors import SafetensorError
 from safetensors import safe_open
 
@@ -83,19 +84,6 @@ def copy_folder(source, target, *left_out, top=""):
         lost = [name for name in names if not (Path(at) / name).exists()]
         return [*lost, *shutil.ignore_patterns(*left_out, top * (Path(at) == Path(source)))(at, names)]
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=skip)
-
-
-def read_json(path):
-    """The object in a JSON file. Raises ValueError naming the file and its folder."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{path.parent.name}/{path.name} is missing; the folder is incomplete") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} in {path.parent.name} is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} in {path.parent.name} is not a JSON object")
-    return found
 
 
 def _weight_files(part):

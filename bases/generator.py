@@ -20,7 +20,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend
 from torch.nn.attention import sdpa_kernel
-from bases.files import BESIDE, copy_folder, named_parts, read_json
+from bases.files import BESIDE, copy_folder, named_parts
+from support.files import read_json
 
 REMEMBERED = 8 * 2**30                                                   # bytes of prompt embeddings: 36,000 prompts of Stable Diffusion 1, 1,500 of 3.5
 

@@ -1,7 +1,8 @@
 """Stable Diffusion 1, 2, 3 and 3.5."""
 import torch
 from torch.nn.functional import pad
-from bases.files import named_parts, read_json
+from bases.files import named_parts
+from support.files import read_json
 from bases.generator import Generator, _from_velocity, _libraries, _part, _tokens
 from sampling import Flow, VP
 

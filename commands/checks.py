@@ -13,7 +13,8 @@ import bases
 from bases import files as base_files
 from rewards import targets
 from support import files
-from bases.files import BESIDE, OWN, read_json
+from bases.files import BESIDE, OWN
+from support.files import read_json
 from bases.tensors import open_checkpoints
 from commands.compare import grid_files, open_runs
 from commands.picture_sets import choose, open_pictures, read_sidecar, settings, sidecar
@@ -21,7 +22,7 @@ from prompting import read_prompts
 from rewards import DISTRIBUTION, check_labels, check_reward, needs_labels, parse
 from rewards.classifier import check_classifier
 from rewards.features import TINY, check_features
-from rewards.targets import check_price, check_target, target_path
+from rewards.targets import check_target, target_path
 from sampling import VP
 from support.averages import sweep
 
@@ -48,7 +49,7 @@ def check(args, default):
          f"--keep {args.keep}: means nothing with --select all; add --select window, or another rule")
     for name in (name for name, value in off.items() if args.drift == "off" and name in changed and changed[name] != value):
         raise ValueError(f"--{name} {changed[name]}: --drift off would switch it off; leave out one of them")
-    need(args.price != "potential" or not args.replace, f"--replace {args.replace}: means nothing with --price potential; add --price exact, or quadratic")
+    need(args.price != "potential" or not args.replace, f"--replace {args.replace}: means nothing with --price potential; add --price exact")
     need(not args.lora or args.train == "attention", f"--train {args.train}: a LoRA learns in attention and feed-forward, whatever this says; leave out --lora or --train")
     args = dataclasses.replace(args, out=args.out or files.run_name(changed), **(off if args.drift == "off" else {}))
     args = dataclasses.replace(args, keep=args.group_size if args.select == "all" else args.keep)
@@ -87,8 +88,6 @@ def check(args, default):
     if {*weights} & {*DISTRIBUTION}:
         D = check_features(args.features, folder)
         check_target(target_path(args.target, args.features, folder), D, "kid" in weights)
-        if "fid" in weights:
-            check_price(args.price, args.reference, D or 0)
         if args.features == "evaluator":                                 # then the reward classifier judges
             check_classifier(folder / "reward")
             targets.check_real(folder / "reward" / "real.npz")

@@ -9,6 +9,8 @@ A feature network is a function: pictures [B, 3, H, W] in [0, 1] -> float32 [B, 
 A target is an .npz with mu and sigma, a folder of pictures, or an idx file. Left out: any network of which a library or a file exists.
 """
 import gzip
+from collections.abc import Callable
+from dataclasses import dataclass
 import math
 import numpy as np
 import os
@@ -160,24 +162,25 @@ def load_target(path, network, blank, block=100):
     return *moments(features), features
 
 
-def check_price(price, members, D):
-    """Raises ValueError if M = `members` are too few for the quadratic price of the FID, which divides by the eigenvalues of their covariance."""
-    if price == "quadratic" and members < 3 * D:
-        raise ValueError(f"--price quadratic: --reference {members} is less than three times the {D} features, and so few give it the wrong sign; "
-                         f"take --price exact, --price potential or --reference {3 * D}")
+@dataclass
+class ReferenceSet:
+    """What a distribution-wise reward needs."""
+
+    members: SubsetReplace | KernelReplace  # the M generated pictures' features
+    features: Callable  # pictures [B, 3, H, W] -> [B, D]
+    target: tuple  # mu [D] and sigma [D, D] of the real pictures
 
 
-def open_pool(kind, spec, target, folder, members, blank, price="exact"):
-    """What the reward `kind` (fid or kid) needs -> an empty reference of M = `members`, the feature network, mu and sigma of the real pictures.
+def open_reference_set(kind, spec, target, folder, size, blank):
+    """What the reward `kind` (fid or kid) needs -> ReferenceSet with `size` members, all zero.
 
     blank: one picture [1, 3, H, W], to learn how many features there are. Raises ValueError, in one line.
     """
     network = load_features(spec, folder, blank.device)
-    *moments_, real = load_target(target_path(target, spec, folder), network, blank)
-    if kind == "fid":                                                    # KID's quadratic price is its exact one
-        check_price(price, members, len(moments_[0]))
-    empty = torch.zeros(members, len(moments_[0]), device=blank.device)
-    return KernelReplace(empty, real) if kind == "kid" else SubsetReplace(empty, *moments_), network, moments_
+    mu, sigma, real = load_target(target_path(target, spec, folder), network, blank)
+    empty = torch.zeros(size, len(mu), device=blank.device)
+    members = KernelReplace(empty, real) if kind == "kid" else SubsetReplace(empty, mu, sigma)
+    return ReferenceSet(members, network, (mu, sigma))
 
 
 def check_real(path):

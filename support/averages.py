@@ -81,3 +81,40 @@ def rivals(views, paths, lengths):
     with suppress(ValueError):                                           # averages of two runs have no third length
         found |= {f"EMA {length:g}": c for length, c in zip(lengths, sweep(views, lengths))}
     return found
+
+
+class Averages:
+    """{name: tensor} for each average; `trained` {name: parameter} is what they follow."""
+
+    def __init__(self, trained, ema_decay, with_snapshots):
+        self.trained, self.ema_decay = trained, ema_decay
+        self.tensors = {}
+        if ema_decay:
+            self.tensors["ema"] = self.copy_of_trained()
+        if with_snapshots:
+            for length in EMA_LENGTHS:
+                self.tensors[length] = self.copy_of_trained()
+
+    def copy_of_trained(self):
+        return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+
+    def update(self, iteration):
+        """Takes in the weights of this iteration, 1, 2, ..."""
+        for length, average in self.tensors.items():
+            decay = self.ema_decay if length == "ema" else power_decay(iteration, length)
+            for name, value in average.items():
+                value.lerp_(self.trained[name].detach(), 1 - decay)
+
+    def state(self):
+        """The tensors that a checkpoint holds."""
+        return {f"average.{length}.{name}": value
+                for length, average in self.tensors.items() for name, value in average.items()}
+
+    def snapshots(self):
+        return {length: self.tensors[length] for length in EMA_LENGTHS}
+
+    @contextmanager
+    def applied(self):
+        """Within the block the network holds what is evaluated and saved: the EMA, if there is one."""
+        with swapped(self.trained, self.tensors.get("ema", {})):
+            yield

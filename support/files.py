@@ -165,3 +165,22 @@ def save_grid(path, images, scale=2):
     sheet = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, 3).repeat(scale, 0).repeat(scale, 1)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda temporary: Image.fromarray(sheet).save(temporary, format="PNG"))
+
+
+def stopped(out, signal):
+    """The line that says where a run that a signal has stopped goes on."""
+    step = newest_checkpoint(out)[1]["step"]
+    return f"{out}: stopped after checkpoint {step} by signal {signal}; the same command goes on"
+
+
+def read_json(path):
+    """The object in a JSON file. Raises ValueError naming the file and its folder."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{path.parent.name}/{path.name} is missing; the folder is incomplete") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} in {path.parent.name} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} in {path.parent.name} is not a JSON object")
+    return found

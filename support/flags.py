@@ -1,5 +1,7 @@
 """A dataclass as a command line."""
 import argparse
+import ast
+import textwrap
 import dataclasses
 import inspect
 import re
@@ -21,6 +23,10 @@ def parse_args(cls, description, argv=None):
     """A dataclass as a command line: each field's name, type and default, and its trailing comment as help. Bad flags exit with 2."""
     source, section, sections = inspect.getsource(cls), None, {}
     comments = dict(re.findall(r"^ +(\w+) *:.*?# *(.+)$", source, re.M))
+    body = ast.parse(textwrap.dedent(source)).body[0].body
+    for field, text in zip(body, body[1:]):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            comments[field.target.id] = " ".join(text.value.value.split())
     for line in source.splitlines():
         if title := re.match(r" +# (.+)$", line):
             section = title[1]

@@ -19,6 +19,12 @@ from support.sharding import local
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-4, "compiled float32": 1e-5, "compiled bfloat16": 1e-3}         # of the first ratio
 
 
+def tolerance(args):
+    """How far the first ratio may be from 1: it grows with the guidance, which amplifies rounding."""
+    kind = f"compiled {args.precision}" if args.compile else args.precision
+    return TOLERANCE[kind] * (1 + 2 * abs(args.guidance - 1))
+
+
 @functools.cache
 def warn(line):
     """One line on stderr, from the first process, however often it is said."""

@@ -1,0 +1,148 @@
+"""What a training works with besides its flags (Setup), and its run folder (Run).
+
+    setup = open_setup(args, prompts, eval_prompts, device)      every network, loaded and checked once
+    run = Run(args, setup, device)                               resumes, logs, saves when something is due
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import bases
+from bases.generator import Generator
+from bases.lora import add_lora, export
+from bases.tensors import save_snapshots
+from rewards import Reward
+from rewards.features import load_features
+from rewards.targets import ReferenceSet, open_reference_set
+from sampling import Policy
+from support import files, flags, guards, processes
+from support.averages import Averages
+from support.sharding import shard
+
+
+@dataclass
+class Setup:
+    model: Generator
+    frozen_model: Generator | None   # the base, for --kl without --lora
+    policy: Policy
+    trained: dict                           # {name: parameter}
+    optimizer: torch.optim.Optimizer
+    averages: Averages
+    prompts: list
+    null_prompt: tuple                      # embeddings of the empty prompt
+    reward: Reward
+    diversity_features: Callable | None     # None: distances between latents
+    reference_set: ReferenceSet | None      # None: no distribution-wise reward
+
+
+def open_setup(args, prompts, eval_prompts, device):
+    """Loads the networks -> Setup. Exits with code 2 where a file is not what it should be."""
+    with flags.refusing():
+        model = bases.load(args.model, device, args.precision, args.checkpointing,
+                            args.decode_batch, args.compile)
+        model.forget_text_encoders([p.text for p in prompts + eval_prompts] + [""])
+        trained = choose_trained(args, model.network)
+        if args.compile:
+            guards.check_compiled(model, model.encode([prompts[0].text]), trained.values())
+        reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
+        diversity_features = None
+        if args.diversity_features != "latents":
+            diversity_features = load_features(args.diversity_features, model.folder, device)
+        reference_set = None
+        if reward.distribution:
+            blank = model.decode(torch.zeros(1, *model.shape, device=device))
+            reference_set = open_reference_set(
+                reward.distribution, args.features, args.target, model.folder, args.reference, blank)
+        null_prompt = model.encode([""])
+
+    first, end = map(int, args.window.split(":"))
+    times = model.path.times(args.steps).to(device)
+    policy = Policy(model.path, times, range(first, end), args.eta, args.kernel, args.guidance)
+    frozen_model = model.frozen() if args.kl and not args.lora else None
+    if args.shard:
+        trained = {name: p for name, p in shard(model.network).items() if name in trained}
+        if frozen_model:
+            shard(frozen_model.network)
+    averages = Averages(trained, args.ema, args.snapshot_every > 0)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return Setup(model, frozen_model, policy, trained, optimizer, averages, prompts, null_prompt,
+                 reward, diversity_features, reference_set)
+
+
+def choose_trained(args, network):
+    """Switches on the gradients of what learns -> {name: parameter}."""
+    if args.lora:
+        return add_lora(network, args.lora, args.lora, seed=args.seed)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(args.train == "all" or "attn" in name)
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
+class Run:
+    """Resumes from the newest checkpoint; logs; saves at the intervals that the flags name."""
+
+    def __init__(self, args, setup, device):
+        self.args = args
+        self.setup = setup
+        self.device = device
+        self.out = Path(args.out)
+        self.tensors = setup.trained | setup.averages.state()
+        if setup.reference_set:
+            self.tensors = self.tensors | setup.reference_set.members.state()
+        self.checkpoint, state = files.newest_checkpoint(self.out)
+        self.first = state["step"]
+        self.logged_lines = state["lines"]
+        guards.check_start(self.out, self.first, device)
+        if self.checkpoint:
+            files.load_checkpoint(self.checkpoint, self.tensors, setup.optimizer)
+
+    @property
+    def is_new(self):
+        return self.checkpoint is None
+
+    def open_log(self):
+        self.metrics = files.Log(self.out, vars(self.args), self.logged_lines)
+
+    def steps(self):
+        """The steps that are left, with a progress bar."""
+        self.bar = tqdm(range(self.first, self.args.iterations), initial=self.first,
+                        total=self.args.iterations, disable=processes.rank() > 0,
+                        desc=self.out.name[:30])
+        return self.bar
+
+    def is_due(self, iteration, every):
+        """Every so many iterations, and after the last. every 0: never."""
+        return every > 0 and (iteration % every == 0 or iteration == self.args.iterations)
+
+    def log(self, iteration, metrics):
+        if iteration:
+            self.bar.set_postfix(reward=f"{metrics['reward']:.3f}",
+                                 diversity=f"{metrics['diversity']:.3f}",
+                                 ratio_error=f"{metrics['ratio_error']:.0e}")
+        self.metrics.write({"iteration": iteration} | metrics)
+
+    def save(self, iteration, stop):
+        """The final model, snapshots for merge.py, a checkpoint: whichever is due."""
+        args, setup = self.args, self.setup
+        if iteration == args.iterations:
+            self.save_final_model()
+        if self.is_due(iteration, args.snapshot_every):
+            save_snapshots(self.out, iteration, setup.trained, setup.averages.snapshots(),
+                           args.model, args.keep_snapshots)
+        if stop or self.is_due(iteration, args.save_every):
+            if not args.shard:
+                processes.check_equal(setup.trained, self.device)
+            files.save_checkpoint(self.out, iteration, self.tensors, setup.optimizer,
+                                    self.metrics.lines, args.keep_checkpoints)
+
+    def save_final_model(self):
+        args, model = self.args, self.setup.model
+        with self.setup.averages.applied():
+            files.save_model(self.out / "model", model)
+            if args.lora and processes.rank() == 0:
+                facts = {"base": args.model, "iteration": args.iterations}
+                files.write_atomic(self.out / "lora",
+                                     lambda folder: export(model.network, folder, facts))
