@@ -9,6 +9,7 @@ arXiv 2505.05470; DRIFT, arXiv 2601.12401). Simplifications, on purpose:
   1. no critic: a rollout's advantage is its reward against its group's mean;    2. no replay: rollouts are used once and dropped;
   3. randomness is a function of (seed, step, sample), so nothing random is saved;    4. no learning-rate decay, no loss scaling.
 """
+
 import json
 import math
 import time
@@ -40,7 +41,6 @@ ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3
 
 @dataclass
 class Args:
-
     # the run
     model: str = "assets/tiny"
     """base: a folder or hub id of Stable Diffusion 1, 2, 3 or 3.5; sit:FILE; edm2:FILE; or a run's model/"""
@@ -194,15 +194,17 @@ class Args:
 
 class Groups(NamedTuple):
     """One iteration's rollouts: the trajectory of this process's B, all else of all P x N."""
+
     trajectory: Trajectory
-    rewards: dict                       # {name: [P, N]}
-    set_features: torch.Tensor | None   # [P, N, F], what a distribution-wise reward sees
-    potential: torch.Tensor             # [W + 1, P, N], diversity before each step and at the end
-    nearest: torch.Tensor               # [P, N], distance to the nearest of the group
+    rewards: dict  # {name: [P, N]}
+    set_features: torch.Tensor | None  # [P, N, F], what a distribution-wise reward sees
+    potential: torch.Tensor  # [W + 1, P, N], diversity before each step and at the end
+    nearest: torch.Tensor  # [P, N], distance to the nearest of the group
 
 
 # --------------------------------------------------------------------------------------------------
 # SAMPLE: N rollouts of each prompt, their rewards and how different they are.
+
 
 def explore(args, setup, texts, samples, key):
     """Rollouts of `texts`, numbered `samples` -> Trajectory.
@@ -211,7 +213,7 @@ def explore(args, setup, texts, samples, key):
     """
     model, policy = setup.model, setup.policy
     shape = (1 + len(policy.window), *model.shape)
-    noise = seeded_noise((*key, 0), samples, shape).to(model.device)            # [B, 1 + W, ...]
+    noise = seeded_noise((*key, 0), samples, shape).to(model.device)  # [B, 1 + W, ...]
     start = noise[:, 0] * model.initial_std
     step_noise = noise[:, 1:]
 
@@ -222,11 +224,13 @@ def explore(args, setup, texts, samples, key):
         drawn = seeded_noise((*key, 1 + n), samples, embedding.shape[1:])
         prompt_noise.append(drawn.to(embedding))
     condition = noised_prompt(
-        prompt, prompt_noise, args.prompt_noise, args.tau1, args.tau2, args.psi)
+        prompt, prompt_noise, args.prompt_noise, args.tau1, args.tau2, args.psi
+    )
 
     waits_on = "cpu" if args.offload else None
     return rollout(
-        model, policy, condition, start, step_noise, setup.null_prompt, args.batch, waits_on)
+        model, policy, condition, start, step_noise, setup.null_prompt, args.batch, waits_on
+    )
 
 
 def in_parts(function, inputs, args, device):
@@ -241,7 +245,7 @@ def diversity_space(args, setup, trajectory, images):
     Before a step it is the picture predicted there. Without --diversity only the end: [1, B, F].
     """
     window = setup.policy.window
-    predicted = trajectory.x0_hats[window.start:window.stop] if args.diversity else ()
+    predicted = trajectory.x0_hats[window.start : window.stop] if args.diversity else ()
     device = setup.model.device
     if setup.diversity_features is None:
         states = [*predicted, trajectory.latents[-1]]
@@ -262,33 +266,36 @@ def sample_groups(args, setup, step):
 
     # Roll out this process's share of the P x N rollouts.
     samples = processes.share(P * N)
-    drawn = draw_prompts(len(setup.prompts), P, args.seed, step)                # [P]
-    prompts = [setup.prompts[drawn[sample // N]] for sample in samples]         # B of them
+    drawn = draw_prompts(len(setup.prompts), P, args.seed, step)  # [P]
+    prompts = [setup.prompts[drawn[sample // N]] for sample in samples]  # B of them
     texts = [prompt.text for prompt in prompts]
     trajectory = explore(args, setup, texts, samples, (ROLLOUT_STREAM, args.seed, step))
 
     with torch.inference_mode():
         # Look at the pictures. What fails on one process stops them all.
-        images = model.decode(trajectory.latents[-1].to(model.device))          # [B, 3, H, W]
+        images = model.decode(trajectory.latents[-1].to(model.device))  # [B, 3, H, W]
         with guards.together(f"iteration {step + 1}"):
-            guards.finite({
-                "a latent": trajectory.latents,
-                "a predicted picture": trajectory.x0_hats,
-                "a log-prob": trajectory.log_probs,
-            })
+            guards.finite(
+                {
+                    "a latent": trajectory.latents,
+                    "a predicted picture": trajectory.x0_hats,
+                    "a log-prob": trajectory.log_probs,
+                }
+            )
             rewards = setup.reward(images, texts, [prompt.metadata for prompt in prompts])
             set_features = None
             if setup.reference_set:
                 set_features = in_parts(
-                    setup.reference_set.features, images, args, model.device)   # [B, F]
-            features = diversity_space(args, setup, trajectory, images)         # [W + 1, B, F]
+                    setup.reference_set.features, images, args, model.device
+                )  # [B, F]
+            features = diversity_space(args, setup, trajectory, images)  # [W + 1, B, F]
 
         # Gather what all processes found.
         for name, reward in rewards.items():
             rewards[name] = processes.gather(reward, P * N).reshape(P, N)
         if setup.reference_set:
             set_features = processes.gather(set_features, P * N).reshape(P, N, -1)
-        features = processes.gather(features.transpose(0, 1), P * N)              # [P N, W + 1, F]
+        features = processes.gather(features.transpose(0, 1), P * N)  # [P N, W + 1, F]
         features = features.transpose(0, 1).reshape(features.shape[1], P, N, -1)
 
         # How different is each rollout from its group?
@@ -298,25 +305,25 @@ def sample_groups(args, setup, step):
     return Groups(trajectory, rewards, set_features, potential, nearest)
 
 
-@torch.no_grad()                        # in inference_mode, --shard would gather the weights
+@torch.no_grad()  # in inference_mode, --shard would gather the weights
 def reference_features(args, setup, step):
     """Features [M, F] of M new rollouts, all prompts in turn: the members of a new reference."""
     M = args.reference
     samples = processes.share(M)
-    drawn = draw_prompts(len(setup.prompts), M, args.seed, 0)                   # [M]
+    drawn = draw_prompts(len(setup.prompts), M, args.seed, 0)  # [M]
     features = []
     for start in range(samples.start, samples.stop, args.batch):
         some = range(start, min(start + args.batch, samples.stop))
         texts = [setup.prompts[drawn[sample]].text for sample in some]
         trajectory = explore(args, setup, texts, some, (REFERENCE_STREAM, args.seed, step))
         images = setup.model.decode(trajectory.latents[-1].to(setup.model.device))
-        features.append(in_parts(
-            setup.reference_set.features, images, args, setup.model.device))
+        features.append(in_parts(setup.reference_set.features, images, args, setup.model.device))
     return processes.gather(torch.cat(features), M)
 
 
 # --------------------------------------------------------------------------------------------------
 # CREDIT: who is kept, and what each of its steps earns.
+
 
 def weighted_advantage(args, weights, rewards, index):
     """Each reward centred by group and in units of its std, then weighted -> [P, K]."""
@@ -330,11 +337,11 @@ def credit(args, weights, groups):
     """CREDIT -> the kept rollouts, index [P, K], and advantages [W, P, K] of their steps."""
     P, N = groups.nearest.shape
     everyone = torch.arange(N).expand(P, N)
-    score = weighted_advantage(args, weights, groups.rewards, everyone)         # [P, N]
+    score = weighted_advantage(args, weights, groups.rewards, everyone)  # [P, N]
 
     # DRIFT (i): keep a concentrated subset of each group.
-    index = concentrated_subset(score, args.keep, args.select)                  # [P, K]
-    advantage = weighted_advantage(args, weights, groups.rewards, index)        # [P, K]
+    index = concentrated_subset(score, args.keep, args.select)  # [P, K]
+    advantage = weighted_advantage(args, weights, groups.rewards, index)  # [P, K]
     if args.gardo:
         advantage = gardo(advantage, groups.nearest, index)
 
@@ -342,13 +349,14 @@ def credit(args, weights, groups):
     potential = groups.potential
     if args.success and args.terminal == "keep":
         potential = potential * (score >= 0)
-    no_reward = torch.zeros_like(potential[0])              # it is paid in `advantage` already
-    returns = shaped_returns(no_reward, potential, args.gamma, 1.0, args.terminal)      # [W, P, N]
+    no_reward = torch.zeros_like(potential[0])  # it is paid in `advantage` already
+    returns = shaped_returns(no_reward, potential, args.gamma, 1.0, args.terminal)  # [W, P, N]
     return index, advantage + args.diversity * group_advantage(returns, index)
 
 
 # --------------------------------------------------------------------------------------------------
 # TRAIN: a clipped policy gradient on (rollout, step) pairs.
+
 
 def clipped_loss(ratio, advantage, clip):
     """PPO's pessimistic surrogate, a loss for each pair."""
@@ -383,14 +391,14 @@ def pair_losses(args, setup, trajectory, w, row, advantage):
     """Policy loss, KL and |ratio - 1| [n] of n pairs: step w of the window of our rollout `row`."""
     policy = setup.policy
     D = math.prod(setup.model.shape)
-    k = w + policy.window.start                                                 # of the schedule
+    k = w + policy.window.start  # of the schedule
     x_t = trajectory.at(k, row)
     x_s = trajectory.at(k + 1, row)
     prompt = trajectory.condition(row, policy.fraction(k))
 
     mean, std, _ = policy.step(setup.model, x_t, k, prompt, setup.null_prompt)
     log_ratio = log_prob(x_s, mean, std) - trajectory.log_probs[w, row]
-    ratio = torch.exp(log_ratio / D)                                            # a dimension's
+    ratio = torch.exp(log_ratio / D)  # a dimension's
     loss = clipped_loss(ratio, advantage, args.clip / D)
 
     kl = torch.zeros_like(ratio)
@@ -410,10 +418,10 @@ def update(args, setup, trajectory, index, advantage, step):
     D = math.prod(setup.model.shape)
     clip = args.clip / D
     ours = processes.share(args.prompts_per_step * N)
-    kept = (torch.arange(len(index))[:, None] * N + index.cpu()).flatten().to(device)   # [P K]
-    advantage = advantage.float().reshape(W, -1).to(device)                             # [W, P K]
+    kept = (torch.arange(len(index))[:, None] * N + index.cpu()).flatten().to(device)  # [P K]
+    advantage = advantage.float().reshape(W, -1).to(device)  # [W, P K]
     totals = 0
-    ratio_error = advantage.new_zeros(())                   # before the first step: of rounding
+    ratio_error = advantage.new_zeros(())  # before the first step: of rounding
 
     for n, minibatch in enumerate(minibatches(args, W, len(kept), step)):
         # Gradients of our pairs. Pair w P K + j is step w of the kept rollout j.
@@ -433,13 +441,12 @@ def update(args, setup, trajectory, index, advantage, step):
             count = torch.ones_like(loss).sum()
             sums += torch.stack([loss.sum(), kl.sum(), clipped, count]).detach().double()
             if n == 0:
-                ratio_error = torch.maximum(ratio_error, error.max())   # no .item(): it would wait
+                ratio_error = torch.maximum(ratio_error, error.max())  # no .item(): it would wait
 
         # One optimizer step on the gradients of all processes.
         gradients = {f"the gradient of {name}": p.grad for name, p in setup.trained.items()}
-        guards.check_finite(
-            step, {"an advantage": advantage, "the loss": sums} | gradients, device)
-        if not args.shard:                                  # FSDP has summed them already
+        guards.check_finite(step, {"an advantage": advantage, "the loss": sums} | gradients, device)
+        if not args.shard:  # FSDP has summed them already
             processes.sum_gradients(setup.trained.values())
         totals = totals + processes.all_sum(sums)
         grad_norm = clip_gradients(setup.trained.values(), args.grad_clip)
@@ -461,6 +468,7 @@ def update(args, setup, trajectory, index, advantage, step):
 # --------------------------------------------------------------------------------------------------
 # The loop.
 
+
 def set_learning_rate(args, optimizer, iteration):
     for group in optimizer.param_groups:
         group["lr"] = args.lr * min(1, iteration / max(1, args.warmup))
@@ -469,7 +477,7 @@ def set_learning_rate(args, optimizer, iteration):
 def renew_reference(args, setup, groups, oldest, step):
     """The newest pictures take the place of the oldest members -> metrics."""
     members = setup.reference_set.members
-    features = groups.set_features.flatten(0, 1)                                # [P N, F]
+    features = groups.set_features.flatten(0, 1)  # [P N, F]
     places = (oldest + torch.arange(len(features), device=features.device)) % args.reference
     members.replace(places, features)
     metrics = {"reference": members.value()}
@@ -479,7 +487,7 @@ def renew_reference(args, setup, groups, oldest, step):
 
 
 def sample_metrics(weights, groups):
-    total = sum(weight * groups.rewards[name] for name, weight in weights.items())      # [P, N]
+    total = sum(weight * groups.rewards[name] for name, weight in weights.items())  # [P, N]
     metrics = {"reward": total.mean().item()}
     for name, reward in groups.rewards.items():
         metrics["reward/" + name] = reward.mean().item()
@@ -504,7 +512,7 @@ def train(args, prompts, eval_prompts, interrupt):
 
     for step in run.steps():
         iteration = step + 1
-        oldest = step * args.prompts_per_step * args.group_size     # member of the reference
+        oldest = step * args.prompts_per_step * args.group_size  # member of the reference
         began = time.time()
 
         # SAMPLE
@@ -514,7 +522,8 @@ def train(args, prompts, eval_prompts, interrupt):
         # CREDIT
         if setup.reference_set:
             groups.rewards[setup.reward.distribution] = dist_reward.price_groups(
-                setup.reference_set.members, groups.set_features, oldest, args.price, args.replace)
+                setup.reference_set.members, groups.set_features, oldest, args.price, args.replace
+            )
         index, advantage = credit(args, weights, groups)
 
         # TRAIN
