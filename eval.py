@@ -253,7 +253,7 @@ def report(args, sets, columns):
 
 @record
 def main(argv=None):
-    from checks import check_eval                                        # here, for checks imports this file
+    from commands.checks import check_eval
     args = flags.parse_args(Args, __doc__, argv)
     with flags.refusing():
         args, opened = check_eval(args, Args(args.command, args.inputs))

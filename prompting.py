@@ -130,9 +130,9 @@ def annealed_noise(embedding, noise, u, scale, tau1, tau2, psi=1.0):
     mixed = gamma.sqrt() * embedding + scale * (1 - gamma).sqrt() * noise
 
     own = tuple(range(1, embedding.dim()))  # all dimensions but that of the samples
-    mean, std = mixed.mean(own, keepdim=True), mixed.std(own, keepdim=True)
-    wanted_mean, wanted_std = embedding.mean(own, keepdim=True), embedding.std(own, keepdim=True)
-    rescaled = (mixed - mean) / std.clamp(min=1e-8) * wanted_std + wanted_mean
+    std = mixed.std(own, keepdim=True).clamp(min=1e-8)
+    standardised = (mixed - mixed.mean(own, keepdim=True)) / std
+    rescaled = standardised * embedding.std(own, keepdim=True) + embedding.mean(own, keepdim=True)
     noised = psi * rescaled + (1 - psi) * mixed
     return torch.where(column(u, embedding) <= tau1, embedding, noised)
 

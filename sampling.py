@@ -143,7 +143,8 @@ def transition(x_t, x0_hat, eps_hat, path, t, s, eta=1.0, kernel="ancestral"):
     if kernel == "flow-grpo":
         return euler_maruyama(x_t, x0_hat, eps_hat, path, t, s, eta)
 
-    alpha_s, sigma_s = path.alpha(s), path.sigma(s)
+    alpha_s = path.alpha(s)
+    sigma_s = path.sigma(s)
     if kernel == "ancestral":
         kept = path.alpha(t) * sigma_s / (alpha_s * path.sigma(t))
         tau = eta * sigma_s * torch.sqrt((1 - kept**2).clamp(min=0))

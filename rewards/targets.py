@@ -21,6 +21,7 @@ import zlib
 from PIL import Image
 from pathlib import Path
 from dist_reward import KernelReplace, SubsetReplace, moments
+from rewards.classifier import check_classifier
 from rewards.features import TINY, load_features
 from support.processes import all_say, gather, share
 
@@ -191,3 +192,9 @@ def check_real(path):
         raise ValueError(f"{path}: lacks mu, sigma or scale") from None
     except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not an npz file of numbers ({error})") from None
+
+
+def check_judge(folder, moments="real.npz"):
+    """Raises ValueError if a classifier, or the moments of real pictures beside it, cannot be read."""
+    check_classifier(folder)
+    check_real(Path(folder) / moments)
