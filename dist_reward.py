@@ -114,14 +114,16 @@ def trace_root_change(eigenvalues, rows, core):
     )
 
     identity = torch.eye(r, dtype=rows.dtype, device=rows.device)
+    at_once = max(1, 2**24 // rows.numel())  # values of s, for memory only
     change = 0
-    for s in u.exp().split(max(1, 2**24 // rows.numel())):
+    for s in u.exp().split(at_once):
         shifted = eigenvalues + s[:, None, None, None]  # [s, 1, 1, D]
         resolvent = (rows / shifted) @ rows.transpose(1, 2)  # [s, G, r, r]
         log_det = torch.linalg.slogdet(identity + core @ resolvent).logabsdet  # [s, G]
         # Rounding can lose I and leave a determinant of 0, but only where s^(1/2) is negligible.
         log_det = log_det.nan_to_num(neginf=0.0)
-        change = change + (s.sqrt()[:, None] * log_det).sum(0) / (2 * math.pi)
+        integrand = s.sqrt()[:, None] * log_det
+        change = change + integrand.sum(0) / (2 * math.pi)
     return change
 
 
@@ -189,11 +191,16 @@ class SubsetReplace:
             squares += x.T @ x
         return total, squares
 
+    def shift(self):
+        """mu - mu_real [D]: the mean of the reference, seen from the mean of the real features."""
+        total, _ = self.sums
+        return total / len(self.features)
+
     def moments(self):
         """-> mu - mu_real [D] and the unbiased covariance [D, D] of the reference."""
         M = len(self.features)
-        total, squares = self.sums
-        shift = total / M
+        _, squares = self.sums
+        shift = self.shift()
         return shift, (squares - M * torch.outer(shift, shift)) / (M - 1)
 
     def decomposed(self):
@@ -223,45 +230,49 @@ class SubsetReplace:
         Raises ValueError for another `how`. Nothing is replaced.
         """
         check_price(how)
-        shift, _ = self.moments()
-        # Features are taken about the mean of the reference.
-        new = new.double() - self.mu_real - shift
-        old = self.features[replaced].double() - self.mu_real - shift
-        if how == "potential":
-            return -(self.potential(new) - self.potential(old)) / len(self.features)
-        return -self.exact_change(new, old)
+        new = self.centred(new)
+        old = self.centred(self.features[replaced])
+        if how == "exact":
+            return -self.exact_change(new, old)
+        return -(self.potential(new) - self.potential(old)) / len(self.features)
+
+    def centred(self, features):
+        """f - mu for features f [..., D], float64."""
+        return features.double() - self.mu_real - self.shift()
 
     def potential(self, x):
         """phi of the class docstring: x = f - mu [..., D] -> [...]."""
-        shift, _ = self.moments()
         eigenvalues, basis = self.decomposed()
         # All eigenvalues are 0 if the reference has no variance.
         floor = max(DAMPING * eigenvalues.max().item(), 1e-60)
         roots = eigenvalues.clamp(min=floor).sqrt()
         mapped = ((x @ basis).square() / roots).sum(-1)  # x^T T x
-        return 2 * x @ shift + x.square().sum(-1) - mapped
+        return 2 * x @ self.shift() + x.square().sum(-1) - mapped
 
     def exact_change(self, new, old):
         """The rise of the FID when new [G, K, D] replace old [K, D], both about the mean -> [G]."""
         M = len(self.features)
         G, K, D = new.shape
-        shift, _ = self.moments()
         eigenvalues, basis = self.decomposed()
 
         # The mean moves by step = (sum of new - sum of old) / M.
         scaled_step = (new.sum(1) - old.sum(0)) / math.sqrt(M)  # [G, D], sqrt(M) step
         step = scaled_step / math.sqrt(M)
-        mean_change = (shift + step).square().sum(1) - shift.square().sum()
+        before = self.shift()
+        after = before + step
+        mean_change = after.square().sum(1) - before.square().sum()
 
         # The covariance changes by dS = (new^T new - old^T old - M step^T step) / (M - 1).
-        squares = new.square().sum((1, 2)) - old.square().sum() - scaled_step.square().sum(1)
-        trace_change = squares / (M - 1)
+        come = new.square().sum((1, 2))
+        go = old.square().sum()
+        trace_change = (come - go - scaled_step.square().sum(1)) / (M - 1)
 
         # dS = Z^T C Z with the 2K rows Z = [new, old]: step is a combination of them, too.
         sign = torch.cat([torch.ones(K), -torch.ones(K)]).to(new)
-        core = (torch.diag(sign) - torch.outer(sign, sign) / M) / (M - 1)
-        rows = torch.cat([new, old.expand(G, K, D)], 1) @ basis
-        root_change = trace_root_change(eigenvalues, rows, core)
+        of_step = torch.outer(sign, sign) / M
+        core = (torch.diag(sign) - of_step) / (M - 1)  # C
+        rows = torch.cat([new, old.expand(G, K, D)], 1)  # Z
+        root_change = trace_root_change(eigenvalues, rows @ basis, core)
 
         return mean_change + trace_change - 2 * root_change
 
@@ -345,8 +356,8 @@ class KernelReplace:
         self.features = reference.float().clone()  # [M, D]
         self.real = real.float()  # [R, D]
         R = len(real)
-        real_pairs = (kernel_sums(self.real, self.real) - own_kernel(self.real)).sum()
-        self.real_term = real_pairs / (R * (R - 1))
+        real_sums = kernel_sums(self.real, self.real) - own_kernel(self.real)
+        self.real_term = real_sums.sum() / (R * (R - 1))
         self.sums = self.compute_sums()
 
     def compute_sums(self):
@@ -365,7 +376,8 @@ class KernelReplace:
         """The KID of the reference -> float; it may be negative, for it is unbiased."""
         M = len(self.features)
         among, to_real = self.sums
-        generated_term = (among - own_kernel(self.features)).sum() / (M * (M - 1))
+        generated_sums = among - own_kernel(self.features)
+        generated_term = generated_sums.sum() / (M * (M - 1))
         return float(generated_term + self.real_term - 2 * to_real.mean())
 
     def price(self, new, replaced, how="exact"):
@@ -426,7 +438,8 @@ def price_groups(pool, new, oldest, how="potential", replace=0):
 
     rewards = []
     for block, part in enumerate(new.split(K)):  # [K, N, D]
-        members = (oldest + block * K + torch.arange(K, device=new.device)) % M
+        first = oldest + block * K
+        members = (first + torch.arange(K, device=new.device)) % M
         price = M * pool.price(part.transpose(0, 1), members, how)
         if how == "potential":
             rewards.append(price.T)
