@@ -565,6 +565,14 @@ def test_names_and_shapes_are_the_published_ones():
     assert shapes == expected
 
 
+def test_the_middle_has_attention_whatever_its_level_says():
+    names = [name for name in build(WIDE).state_dict() if name.endswith("attn_qkv.weight")]
+    assert "unet.dec.2x2_in0.attn_qkv.weight" in names
+    assert not any(name.startswith("unet.enc.2x2") for name in names)
+    levels = {name.split(".")[2].partition("_")[0] for name in names}
+    assert levels == {"8x8", "4x4", "2x2"}
+
+
 def test_the_published_sizes():
     millions = {128: 125, 192: 280, 256: 498, 320: 777, 384: 1119, 448: 1523}
     for channels, expected in millions.items():

@@ -504,7 +504,9 @@ def test_a_tensor_that_is_not_in_its_storage_is_refused(path):
 def test_a_weight_that_is_no_tensor_of_floats_is_refused(path):
     integers = among_the_weights(torch.ones(3).long())
     assert "asks for torch.LongStorage" in unread(write(path, integers))
-    storage = torch.ones(3)._typed_storage()
+    storage = Reduce(torch.storage._load_from_bytes, (storage_of(torch.ones(3)),))
+    odd = among_the_weights(Reduce(OrderedDict, (storage, 0, (3,), (1,))))
+    assert "a weight is made by collections.OrderedDict" in unread(write(path, odd))
     for weight in (3, storage, sys.modules["dnnlib.util"].EasyDict()):
         unread(write(path, among_the_weights(weight)))
 
