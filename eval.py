@@ -89,7 +89,7 @@ class Args:
     features: str = "evaluator"
     """measured in: evaluator, reward, inception:FILE, dinov2, clip, module:function"""
     target: str = ""
-    """real pictures, folder or idx file, or .npz of moments, for FID alone (default: the model's)"""
+    """real pictures, folder or idx file, or .npz of moments (default: the model folder's)"""
     resamples: int = 200
     """bootstrap resamples behind an interval"""
 
@@ -239,13 +239,14 @@ def score_without_judge(images, prompts, reward, diversity_features, batch):
     features = torch.nn.functional.normalize(torch.cat(features).double(), dim=1)
     groups = features.reshape(P, -1, features.shape[1])  # [P, n, F]
     kernels = groups @ groups.transpose(1, 2) / groups.shape[1]  # [P, n, n], each of trace 1
-    distances = group_diversity(groups, "cosine")  # [P, n]
+    vendi = groups.new_tensor([effective_number(kernel) for kernel in kernels])  # [P]
+    distance = group_diversity(groups, "cosine").double()  # [P, n]
 
     scores = {}
     for name, value in rewards.items():
         scores[f"reward_{name}"] = value.double().mean().item()
-    scores["vendi"] = sum(effective_number(kernel) for kernel in kernels) / P
-    scores["distance"] = distances.double().mean().item()
+    scores["vendi"] = vendi.mean().item()
+    scores["distance"] = distance.mean().item()
     return scores
 
 

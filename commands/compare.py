@@ -156,7 +156,7 @@ def read_config(folder):
     try:
         return files.read_json(Path(folder) / "config.json")
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}; give a run folder of train.py") from None
+        raise ValueError(f"{error}; or give a run folder of train.py") from None
 
 
 def saved_value(config, name):

@@ -395,8 +395,6 @@ def read_sidecar(name):
     try:
         saved = files.read_json(path)
     except ValueError as error:
-        raise ValueError(
-            f"{path}: not readable ({error}); remove it or make the pictures again"
-        ) from None
+        raise ValueError(f"{error}; or remove it and make the pictures again") from None
     is_ours = {"model", "prompts", "n"} <= saved.keys()
     return saved if is_ours else {}
