@@ -96,7 +96,7 @@ def test_the_scores_of_a_judge_by_their_definitions(tiny):
     floored = [max(log_p[i, label].item(), -6.0) for i, label in enumerate(asked)]
     assert -6.0 in floored
     features = judge.features(images)
-    groups = features[:4], features[4:]
+    groups = [features[:4], features[4:]]
     vendi = [naive_vendi(rbf_kernel(group, 0.4)) for group in groups]
     assert scores["accuracy"] == sum(correct) / 8
     assert scores["log_prob"] == pytest.approx(sum(floored) / 8, rel=1e-4)
@@ -183,7 +183,8 @@ def test_an_evaluator_scores_and_draws_the_same_pictures_every_time(setup, tmp_p
 
     monkeypatch.setattr(evaluation, "generate", noting)
     evaluate = evaluator_of(setup, tmp_path)
-    first, again = evaluate(0), evaluate(30)
+    first = evaluate(0)
+    again = evaluate(30)
     assert averaged == [True, True] and not setup.averages.on
     assert first == again
 
@@ -324,9 +325,12 @@ def test_one_picture_a_prompt_has_no_diversity_within_it():
 
 def test_two_sets_are_resampled_alike():
     """So the difference of nearly equal sets is known far better than either of them."""
-    first, second = outputs_of(), outputs_of()
+    first = outputs_of()
+    second = outputs_of()
     second["features"] = second["features"] + 0.02 * randn(N, 3, seed=8)
-    a, b, other = estimates(first), estimates(second), estimates(first, seed=6)
+    a = estimates(first)
+    b = estimates(second)
+    other = estimates(first, seed=6)
     for name in ("fid", "distance_set", "vendi"):
         assert (b[name] - a[name]).std() < 0.2 * a[name].std()
         assert not torch.equal(other[name], a[name])
@@ -444,7 +448,8 @@ def test_a_model_its_folder_and_its_npz_score_alike(tiny, sets, tmp_path):
 def test_the_score_is_what_training_logs(tiny, sets, tmp_path):
     """Only the rounding of pictures to bytes is between them."""
     (found,) = score(tmp_path, sets / "set")
-    model, judge = bases.load(tiny), evaluation.Judge(tiny, "evaluator")
+    model = bases.load(tiny)
+    judge = evaluation.Judge(tiny, "evaluator")
     prompts = read_prompts(tiny / "eval_prompts.jsonl")
     images = picture_sets.generate(model, prompts, 8, 2, 1.0, 0, 500)
     images = files.to_uint8(images) / 255
@@ -464,7 +469,8 @@ def test_features_target_and_reward_are_those_asked_for(tiny, sets, tmp_path):
         images = torch.from_numpy(pixels_of(out)).permute(0, 3, 1, 2).float() / 255
         return network.features(images)
 
-    features, real = features_of(sets / "set.npz"), features_of(sets / "real")
+    features = features_of(sets / "set.npz")
+    real = features_of(sets / "real")
     expected = frechet_distance(*moments(features), *moments(real))
     assert found["fid"]["value"] == pytest.approx(expected, rel=1e-5)
     expected = KernelReplace(features, real).value()
@@ -550,7 +556,8 @@ def test_a_policy_that_was_made_to_collapse_is_flagged(tmp_path, monkeypatch, ca
     text = "def black(images, prompts, metadata):\n    return -images.mean((1, 2, 3))\n"
     (tmp_path / "one_mode.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    out, base = tmp_path / "gone", ROOT / "assets" / "tiny"
+    out = tmp_path / "gone"
+    base = ROOT / "assets" / "tiny"
     training = "--reward one_mode:black --drift off --std none --lr 1e-3 --iterations 20"
     evaluating = "--eval_every 20 --eval_images 320 --precision bfloat16 --snapshot_every 0"
     launch([*training.split(" "), *evaluating.split(" "), *CPU, "--out", str(out)])
@@ -572,7 +579,8 @@ def test_two_processes_score_alike(tiny, sets, tmp_path):
     code, out, error = two_processes(*argv, "--out", tmp_path / "two.json")
     assert code == 0, error
     assert out.count("| fid |") == 1
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    one = json.loads((tmp_path / "one.json").read_text())
+    two = json.loads((tmp_path / "two.json").read_text())
     for title, column in one["metrics"].items():
         for name, row in column.items():
             found = two["metrics"][title][name]
@@ -610,7 +618,8 @@ def check(line):
     """What main does with a command line before it loads anything. Raises ValueError."""
     command_name, *words = line.split(" ")
     first_flag = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
-    inputs, flags = words[:first_flag], words[first_flag:]
+    inputs = words[:first_flag]
+    flags = words[first_flag:]
     default = evaluation.Args(command_name, inputs)
     given = {}
     for flag, value in zip(flags[::2], flags[1::2]):
@@ -648,20 +657,15 @@ REFUSED = [  # command line, what the message must hold
     ("images tiny tiny --out new", "takes 1 at most"),
     ("images none --out new", "--model none"),
     ("images tiny --out new --n 25", "30 is the next"),
-    ("images tiny --out new --n -10", "--n -10: must be a finite number"),
     ("images tiny --out new --guidance nan", "--guidance nan: must be a finite number"),
     ("images tiny --out new --features reward", "--features: means nothing to eval.py images"),
     ("images tiny --out new --prompts none.txt", "none.txt"),
     ("images tiny --out photos", "photos exists, and no config.json says how it was made"),
-    ("images tiny --out good.npz", "good.npz exists"),
     ("images tiny --out stale.npz", "stale.npz.parts exists"),
     ("images tiny --out file.json/new", "its parent file.json is a file"),
     ("score none", "none: neither pictures"),
-    ("score good.npz good.npz good.npz", "takes 2 at most"),
-    ("score good.npz --out new.txt", "must end in .json"),
     ("score good.npz --out file.json", "--out file.json: exists"),
     ("score good.npz --steps 5", "--steps: means nothing to pictures that are there"),
-    ("score good.npz --model none", "--model none"),
     ("score asked.npz", "gone-model"),
     ("score few.npz --model tiny", "5 pictures are too few"),
     ("score large.npz --model tiny", "56 x 56, and the classifiers of tiny see 28 x 28"),
@@ -674,8 +678,6 @@ REFUSED = [  # command line, what the message must hold
     ("score good.npz --model tiny --features json:loads", "needs --target"),
     ("score good.npz --model tiny --target photos", "are too few for the covariance"),
     ("compare none --out new.json", "--out new.json: must end in .png"),
-    ("compare none --n 10", "--n: means nothing to eval.py compare"),
-    ("grid none", "--out: name the .png to write"),
 ]
 
 
