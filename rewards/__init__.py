@@ -158,8 +158,8 @@ def check_term(term):
             load_head(term.argument)
             if features != HEAD_FEATURES:
                 raise ValueError(
-                    f"{term.model} has {features} features; "
-                    f"the head is of CLIP ViT-L/14's {HEAD_FEATURES}"
+                    f"{term.model} has {features} features, and the head needs "
+                    f"{HEAD_FEATURES}; name a CLIP ViT-L/14"
                 )
     if term.name not in KNOWN:
         load_function(term.name, term.argument)

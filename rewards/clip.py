@@ -67,7 +67,7 @@ def read_clip(name):
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type != "clip":
-        raise ValueError(f"{name} is a {config.model_type}, not a clip")
+        raise ValueError(f"{name} is a {config.model_type}, not a clip; name a CLIP")
 
     # A folder without a tokenizer gives one of two words, and no error.
     source = PROCESSORS.get(name, name)
@@ -75,7 +75,8 @@ def read_clip(name):
     vocabulary = config.text_config.vocab_size
     if len(tokenizer) != vocabulary:
         raise ValueError(
-            f"{source} has a tokenizer of {len(tokenizer)} words, and {name} embeds {vocabulary}"
+            f"{source} has a tokenizer of {len(tokenizer)} words, and {name} embeds {vocabulary}; "
+            "fetch it again, or name another"
         )
 
     # The class with PIL in its name does not ask for torchvision.
@@ -84,8 +85,8 @@ def read_clip(name):
     sides = (processor.size.shortest_edge, processor.crop_size.height, processor.crop_size.width)
     if sides != (size, size, size) or processor.resample != Image.BICUBIC:
         raise ValueError(
-            f"{source} does not prepare pictures by a bicubic resize and a middle square of {size},"
-            " the only way known here"
+            f"{source} prepares pictures otherwise than by a bicubic resize and a middle square "
+            f"of {size}; name another CLIP"
         )
     return config, tokenizer, processor
 
