@@ -153,9 +153,14 @@ def before_and_after(out):
     return "\n".join(lines) + f"\n{out}: {rows[-1]['iteration']} iterations; pictures in grids/, the tuned model in model/"
 
 
+def to_bytes(images):
+    """Images in [0, 1], any shape -> floats, rounded and clamped to 0, 1, ..., 255."""
+    return (images.float() * 255).round().clamp(0, 255)
+
+
 def to_uint8(images):
-    """[..., 3, H, W] in [0, 1] -> uint8, rounded and clamped: the one way from floats to pixels."""
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+    """Images in [0, 1], any shape -> uint8: the one way from floats to pixels."""
+    return to_bytes(images).to(torch.uint8)
 
 
 def save_grid(path, images, scale=2):
