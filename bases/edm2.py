@@ -21,6 +21,7 @@ from torch.nn.functional import silu
 from bases.edm2_pickle import ADMITTED, CLIP, CONCAT_BALANCE, LABEL_BALANCE, RESIDUAL_BALANCE, SIGMA_DATA, _collect, _unpickle
 from bases.files import class_ids, class_names
 from bases.generator import Generator, _libraries, _part
+from bases.lora import weight_change
 from sampling import EDM
 
 class EDM2Generator(Generator):
@@ -102,13 +103,17 @@ class Layer(nn.Module):
     The stored weight is never changed by a forward. Published training writes the normalised weight back in train() mode; under RL a
     rollout and its update would then have different networks, and the log-probs must not depend on the mode they are computed in.
     """
+    lora_on = False                                                      # True: it has a LoRA (lora.py), whose change is added to the weight
 
     def __init__(self, in_channels, out_channels, kernel):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *[kernel] * 2 * (kernel > 0)))
 
     def forward(self, x, gain=1.0):
-        w = normalize(self.weight, tuple(range(1, self.weight.dim()))) * (gain / math.sqrt(self.weight[0].numel()))
+        weight = self.weight
+        if self.lora_on:
+            weight = weight + weight_change(self)
+        w = normalize(weight, tuple(range(1, self.weight.dim()))) * (gain / math.sqrt(self.weight[0].numel()))
         return x @ w.T if w.dim() == 2 else conv2d(x, w, padding=w.shape[-1] // 2)
 
 
