@@ -273,18 +273,15 @@ def test_a_network_of_another_family_is_refused(names):
     refused(f"edm2:{unet}", "not an EDM2")
 
 
-@pytest.mark.parametrize(
-    "key, sizes",
-    [
+def test_a_guide_of_other_data_is_refused(names, tmp_path):
+    guide = tmp_path / "guide.safetensors"
+    for key, sizes in (
         ("img_resolution", (16, 4, 5, 8, [1], 1, [], 8)),
         ("img_channels", (8, 3, 5, 8, [1], 1, [], 8)),
         ("label_dim", (8, 4, 6, 8, [1], 1, [], 8)),
-    ],
-)
-def test_a_guide_of_other_data_is_refused(names, tmp_path, key, sizes):
-    guide = tmp_path / "guide.safetensors"
-    edm2.save(edm2.EDM2(*sizes), guide)
-    refused(f"{names['edm2']},{guide}", f"guide.safetensors: has {key}")
+    ):
+        edm2.save(edm2.EDM2(*sizes), guide)
+        refused(f"{names['edm2']},{guide}", f"guide.safetensors: has {key}")
 
 
 def test_a_guide_that_is_no_network_is_refused(names, tmp_path):

@@ -205,7 +205,7 @@ def test_frozen_keeps_the_lora_of_now(names, family):
     assert not any(parameter.requires_grad for parameter in twin.network.parameters())
 
 
-@some_families
+@pytest.mark.parametrize("family", ["sd1", "edm2"])
 def test_the_first_ratio_is_exactly_one(names, family):
     model, _ = with_lora(names[family], checkpointing=True)
     prompt = model.encode(prompts_of(family))
