@@ -30,6 +30,7 @@ from bases.edm2_pickle import (
 )
 from bases.files import class_ids, class_names
 from bases.generator import Generator, _libraries, _part
+from bases.lora import weight_change
 from sampling import EDM
 
 # Shapes: B pictures of C channels and R x R pixels, E numbers in an embedding of noise and label.
@@ -92,15 +93,20 @@ class Layer(nn.Module):
     have different networks, and log-probs must not depend on the mode they are computed in.
     """
 
+    lora_on = False  # whether it has a LoRA now, whose change is added to the weight (lora.py)
+
     def __init__(self, in_channels, out_channels, kernel):
         super().__init__()
         window = (kernel, kernel) if kernel else ()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *window))
 
     def forward(self, x, gain=1.0):
-        fan_in = self.weight[0].numel()
-        inputs = tuple(range(1, self.weight.dim()))
-        w = normalize(self.weight, inputs) * (gain / math.sqrt(fan_in))
+        weight = self.weight
+        if self.lora_on:
+            weight = weight + weight_change(self)
+        fan_in = weight[0].numel()
+        inputs = tuple(range(1, weight.dim()))
+        w = normalize(weight, inputs) * (gain / math.sqrt(fan_in))
         if w.dim() == 2:
             return x @ w.T
         return conv2d(x, w, padding=w.shape[-1] // 2)
