@@ -9,6 +9,7 @@ from bases.edm2 import EDM2Generator
 from bases.files import OWN, _check_channels, _check_part, _check_pipeline, class_names, locate, stated_heads
 from bases.sit import SiTGenerator
 from bases.stable_diffusion import StableDiffusion, StableDiffusion3
+from support.compiling import compile_network, recompute_context
 
 def load(name, device="cpu", precision="float32", checkpointing=False, decode_batch=8, compile=False):
     """Loads a model for training: weights in float32, forwards under bfloat16 autocast if precision says so.
@@ -22,9 +23,7 @@ def load(name, device="cpu", precision="float32", checkpointing=False, decode_ba
     adapter = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3, "sit": SiTGenerator, "edm2": EDM2Generator}[kind]
     model = adapter(file or folder, torch.device(device), precision, decode_batch, *([guide] if guide else []))
     if compile:
-        # Rollout and update are two graphs and must round nearly alike: to bfloat16 where the plain network does, and each size of a batch by itself.
-        torch._dynamo.config.recompile_limit = 64                        # not 8: a size beyond it would go through the plain network, which rounds otherwise
-        model.network.compile(dynamic=False, options={"emulate_precision_casts": True})
+        compile_network(model.network)
     if checkpointing:
         recompute(model.network, model.attention)
     return model
@@ -41,8 +40,7 @@ def recompute(network, attention=nullcontext):
 
 
 def _again(attention, *call):
-    within = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), attention())}      # a compiler takes none, and needs none
-    return checkpoint(*call, use_reentrant=False, **within)
+    return checkpoint(*call, use_reentrant=False, **recompute_context(attention))
 
 
 def _recomputed(again, forward, *inputs):

@@ -12,7 +12,7 @@ from pathlib import Path
 import bases
 from bases import files as base_files
 from rewards import targets
-from support import files
+from support import compiling, files
 from bases.files import BESIDE, OWN
 from support.files import read_json
 from bases.tensors import open_checkpoints
@@ -73,9 +73,7 @@ def check(args, default):
     folder = bases.check(args.model)
     check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
     check_shard(args, processes, end - first)
-    need(not args.compile or processes < 2 or not (end - first) % args.updates and (args.select == "all" or not args.prompts_per_step % processes),
-         f"--compile: code is made for each size of a batch, and {processes} processes would have others at each iteration; let --updates divide the "
-         f"{end - first} steps of --window and, unless --select is all, the processes divide --prompts_per_step")
+    compiling.check_sizes(args, processes, end - first)
     check_guide(args)
     if args.snapshot_every:
         base_files.network_files(args.model)                                 # a snapshot names its base by the numbers in them
