@@ -191,7 +191,8 @@ def before_and_after(out):
         row = json.loads(line)
         if "eval/vendi" in row:
             rows.append(row)
-    first, last = rows[0], rows[-1]
+    first = rows[0]
+    last = rows[-1]
 
     lines = [f"{'':12}{'before':>10}{'after':>10}"]
     for name in first:

@@ -44,7 +44,8 @@ def parse_args(cls, description, argv=None):
             groups[title] = parser.add_argument_group(title)
 
     for field in dataclasses.fields(cls):
-        name, text = field.name, helps[field.name]
+        name = field.name
+        text = helps[name]
         if field.default is dataclasses.MISSING:
             parser.add_argument(name, help=text, **keywords(field))
         else:

@@ -138,10 +138,12 @@ def check_equal(weights, device):
         return
     sums = [weight.detach().double().sum() for weight in weights.values()]
     sums = torch.stack(sums).to(device)
-    for extreme in (dist.ReduceOp.MIN, dist.ReduceOp.MAX):
-        others = sums.clone()
-        dist.all_reduce(others, extreme)
-        for name, own, other in zip(weights, sums.tolist(), others.tolist()):
+    lowest = sums.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    highest = sums.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    for name, own, *others in zip(weights, sums.tolist(), lowest.tolist(), highest.tolist()):
+        for other in others:
             both_nan = math.isnan(own) and math.isnan(other)
             if own != other and not both_nan:
                 raise RuntimeError(
