@@ -27,7 +27,7 @@ from rewards import DISTRIBUTION, check_labels, check_reward, needs_labels, pars
 from rewards.features import TINY, check_features
 from rewards.targets import check_judge, check_real, check_target, target_path
 from sampling import VP
-from support import files
+from support import compiling, files
 from support.averages import sweep
 
 LARGEST_SEED = 2**63 - 1  # that torch takes
@@ -327,20 +327,7 @@ def check_processes(args):
         f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share",
     )
     check_shard(args, processes)
-    check_compiled_sizes(args, processes)
-
-
-def check_compiled_sizes(args, processes):
-    """--compile on several processes: the sizes of their batches stay the same."""
-    stochastic = stochastic_steps(args)
-    same_updates = stochastic % args.updates == 0
-    same_rollouts = args.select == "all" or args.prompts_per_step % processes == 0
-    need(
-        not args.compile or processes == 1 or (same_updates and same_rollouts),
-        f"--compile: code is made for each size of a batch, and {processes} processes would have "
-        f"others at each iteration; let --updates divide the {stochastic} steps of --window and, "
-        "unless --select is all, the processes divide --prompts_per_step",
-    )
+    compiling.check_sizes(args, processes, stochastic_steps(args))
 
 
 def check_shard(args, processes):

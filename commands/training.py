@@ -19,7 +19,7 @@ from rewards import Reward
 from rewards.features import load_features
 from rewards.targets import ReferenceSet, open_reference_set
 from sampling import Policy
-from support import files, flags, guards, processes
+from support import compiling, files, flags, guards, processes
 from support.averages import Averages
 from support.sharding import shard
 
@@ -51,7 +51,7 @@ def open_setup(args, prompts, eval_prompts, device):
         model.forget_text_encoders([*texts, ""])
         trained = choose_trained(args, model.network)
         if args.compile:
-            guards.check_compiled(model, model.encode(texts[:1]), trained.values())
+            compiling.check_gradients(model, model.encode(texts[:1]), trained.values())
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
         diversity_features = None
         if args.diversity_features != "latents":
