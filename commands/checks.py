@@ -21,7 +21,7 @@ import bases
 from bases.files import BESIDE, OWN, locate, network_files
 from bases.tensors import open_checkpoints
 from commands.compare import grid_files, open_runs
-from commands.picture_sets import choose, open_pictures, read_sidecar, settings, sidecar
+from commands.picture_sets import choose, open_pictures, parts_of, read_sidecar, settings, sidecar
 from prompting import read_prompts
 from rewards import DISTRIBUTION, check_labels, check_reward, needs_labels, parse
 from rewards.features import TINY, check_features
@@ -675,11 +675,12 @@ def check_images(args):
         return args, prompts
 
     is_empty = out.suffix != ".npz" and out.is_dir() and not visible_files(out)
-    need(
-        is_empty or not os.path.lexists(out),
-        f"--out {out}: {out} exists, and no {sidecar(out).name} says how it was made; "
-        "choose another --out",
-    )
+    for path in (out, parts_of(out)):
+        need(
+            is_empty or not os.path.lexists(path),
+            f"--out {out}: {path} exists, and no {sidecar(out).name} says how it was made; "
+            "choose another --out",
+        )
     return args, prompts
 
 

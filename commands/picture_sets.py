@@ -12,8 +12,6 @@ import hashlib
 import json
 import shutil
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ import bases
 from bases import files as base_files
 from prompting import read_prompts
 from rewards import metrics
-from rewards.targets import check_npz, picture_files, read_picture
+from rewards.targets import picture_files, read_npz, read_picture
 from sampling import sample, seeded_noise
 from support import files, flags, processes
 
@@ -104,6 +102,11 @@ def sidecar(out):
     return Path(out) / "config.json"
 
 
+def parts_of(out):
+    """The folder in which the pictures of FILE.npz wait until all are drawn."""
+    return Path(f"{out}.parts")
+
+
 def settings(args):
     """The flags that a set of pictures is a function of."""
     names = ("model", "prompts", "n", "steps", "guidance", "precision", "seed")
@@ -146,7 +149,7 @@ def make_images(args, prompts):
     device = processes.start(args.device)
     out = Path(args.out)
     is_npz = out.suffix == ".npz"
-    folder = Path(f"{out}.parts") if is_npz else out
+    folder = parts_of(out) if is_npz else out
     current = digests(args, prompts)
     check_digests(args, current)
 
@@ -357,31 +360,6 @@ def read_pixels(path):
             f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}; expected uint8 [N, H, W, 3]"
         )
     return pixels
-
-
-def read_npz(path, *names):
-    """-> the arrays of an npz, in the order of `names`; unpickles nothing.
-
-    Raises ValueError, in one line, if one is missing or the file is damaged.
-    """
-    try:
-        check_npz(path, *names)
-        with np.load(path, allow_pickle=False) as file:
-            return [file[name] for name in names]
-    except KeyError:
-        raise ValueError(f"{path}: lacks {' or '.join(names)}") from None
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-        zlib.error,
-        zipfile.BadZipFile,
-    ) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not an npz file of arrays ({reason})") from None
 
 
 def read_sidecar(name):
