@@ -309,11 +309,6 @@ def to_bytes(images):
     return (images.float() * 255).round().clamp(0, 255)
 
 
-def to_bytes(images):
-    """Images in [0, 1], any shape -> floats, rounded and clamped to 0, 1, ..., 255."""
-    return (images.float() * 255).round().clamp(0, 255)
-
-
 def to_uint8(images):
     """Images in [0, 1], any shape -> uint8: the one way from floats to pixels."""
     return to_bytes(images).to(torch.uint8)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from mutations import BUGS, planted
 
 FOLDERS = ("", "bases", "rewards", "commands", "support")
 IDEAS = {"sampling", "prompting", "shaping", "dist_reward"}
@@ -246,3 +247,11 @@ def with_examples():
 def test_the_examples_in_the_docstrings_are_true(name):
     result = doctest.testmod(importlib.import_module(name.removesuffix(".__init__")))
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_each_bug_that_mutations_plants_has_one_place_and_tests():
+    for bug in BUGS:
+        source = (ROOT / bug.file).read_text(encoding="utf-8")
+        assert planted(source, bug) != source
+        for path in bug.tests.partition(" -k ")[0].split():
+            assert (ROOT / path).exists(), bug.what
