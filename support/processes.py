@@ -171,6 +171,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def note(self, number, frame):
+        """The handler of both signals."""
         self.signal = number
 
     def asked(self, device):
