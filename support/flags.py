@@ -14,7 +14,6 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import re
 import sys
 import textwrap
 from contextlib import contextmanager
@@ -58,7 +57,7 @@ def read_fields(cls):
     """{field: help} and {field: section}: the string under a field, the comment above its group."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
-    helps = trailing_comments(source)
+    helps = {}
     sections = {}
     section = None
     field = None  # a string above the first field describes the class
@@ -75,11 +74,6 @@ def read_fields(cls):
         elif isinstance(statement, ast.Expr) and field:
             helps[field] = " ".join(statement.value.value.split())
     return helps, sections
-
-
-def trailing_comments(source):
-    """{field: the comment behind it}: a help written in the older form."""
-    return dict(re.findall(r"^ +(\w+) *:.*?# *(.+)$", source, re.MULTILINE))
 
 
 def keywords(field):

@@ -1,15 +1,12 @@
 """What the parts of a run hand to each other, looked at while it runs."""
 
-import numpy as np
 import pytest
-import torch
 from conftest import launch, small
 
 import rewards
 import train
 from commands import picture_sets
 from prompting import draw_prompts, read_prompts
-from support import files
 
 RUN = (
     "--iterations 3 --prompts_per_step 3 --group_size 4 --select all --keep 4 --updates 1 "
@@ -64,10 +61,3 @@ def test_no_two_draws_of_a_run_share_their_noise(tiny, tmp_path, monkeypatch):
     assert len(set(keys[picture_sets])) == 1  # every evaluation has the same
     streams = {key[0] for key in keys[train]}
     assert streams.isdisjoint(key[0] for key in keys[picture_sets])
-
-
-def test_a_pixel_is_its_nearest_byte():
-    values = np.random.default_rng(0).uniform(-0.1, 1.1, 2000).astype(np.float32)
-    levels = np.arange(256)
-    for value, byte in zip(values, files.to_uint8(torch.tensor(values)).tolist()):
-        assert byte == np.abs(np.float64(value) * 255 - levels).argmin()

@@ -640,16 +640,6 @@ if os.environ["RANK"] == "1":
     classifier.NAMES["class"] = wrong
 """
 
-NAMES_ITS_THREADS = """
-finish = processes.finish
-def finish_and_tell():
-    finish()
-    tasks = os.listdir("/proc/self/task")
-    names = [open("/proc/self/task/" + number + "/comm").read().strip() for number in tasks]
-    print("threads:", *names)
-processes.finish = finish_and_tell
-"""
-
 
 def run_script(tmp_path, body, argv):
     """A run on two processes with `body` before it -> the finished process."""
@@ -670,16 +660,6 @@ def test_a_reward_that_fails_in_one_process_stops_them_all(tiny, tmp_path):
     assert checkpoints(out) == ["checkpoint-00001"]
     assert len(read_metrics(out)) == 2
     assert not (out / "model").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads threads from Linux's /proc")
-def test_a_process_leaves_its_group_with_no_thread_of_it_behind(tiny, tmp_path):
-    """A thread of the group that is alive while the interpreter ends may abort a finished run."""
-    ended = run_script(tmp_path, NAMES_ITS_THREADS, small(tiny, tmp_path / "run"))
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("threads:") == 2
-    assert "gloo" not in ended.stdout
 
 
 # --------------------------------------------------------------------------------------------------
