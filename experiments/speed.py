@@ -1,8 +1,8 @@
 """Speed in docs/scaling.md: rollout, update and the rest of an iteration against a plain loop.
 
-    python experiments/speed.py                     # tiny, two small bases, two processes; 3 minutes
-    python experiments/speed.py --compile           # the tuned loop compiled too; needs C++; 8 more
-    python experiments/speed.py --bases sd15,sd35   # random weights of the real sizes
+    python experiments/speed.py                    # tiny, sd1, sd3, two processes; 3 minutes
+    python experiments/speed.py --compile          # the tuned loop compiled; 8 more, needs C++
+    python experiments/speed.py --bases sd15,sd35  # random weights of the real sizes
 
 The peer is a plain loop over the same model, as the published trainers of DDPO and Flow-GRPO are:
 prompts are encoded anew for each batch, steps are taken one by one, and the update is one backward
@@ -195,9 +195,7 @@ def open_bench(base, folder, options, device, compile=False):
         frozen_model=None,
         policy=policy_of(args, model),
         trained=trained,
-        optimizer=torch.optim.AdamW(
-            trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0
-        ),
+        optimizer=torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0),
         averages=Averages(trained, ema_decay=0.0, with_snapshots=False),
         prompts=prompts,
         null_prompt=model.encode([""]),
@@ -476,9 +474,7 @@ def print_row(label, done, seconds, matrix_seconds, peaks):
 def iterate(bench, setup):
     """One iteration of train.py."""
     defaults = train.Args
-    args = replace(
-        bench.args, prompt_noise=defaults.prompt_noise, diversity=defaults.diversity
-    )
+    args = replace(bench.args, prompt_noise=defaults.prompt_noise, diversity=defaults.diversity)
     groups = train.sample_groups(args, setup, 0)
     weights = dict.fromkeys(groups.rewards, 1.0)
     index, advantage = train.credit(args, weights, groups)
@@ -648,19 +644,19 @@ def print_tables(names, scratch, options, device):
         f"{device}, {torch.get_num_threads()} threads; {options.repeats} turns; "
         f"tuned: {tuned_as}\n\n{FIRST_HEADER}\n" + "|---" * 11 + "|"
     )
-    benches = {}
+    benches = []
     for base in names:
         bench = open_bench(base, open_base(base, scratch, device), options, device)
         torch.compiler.reset()  # it compiles a function a few times only, and bases share some
         compare_loops(base, bench, open_tuned(base, bench, options, faster), options)
-        benches[base] = bench
+        benches.append(bench)
 
     print(f"\nOne iteration, seconds:\n\n{SECOND_HEADER}\n" + "|---" * 7 + "|")
-    for base, bench in benches.items():
+    for base, bench in zip(names, benches):
         split_iteration(base, bench, options.repeats)
     if options.processes:
-        first = names[0]
-        start_workers(options, first if first == "tiny" else benches[first].setup.model.folder)
+        first = "tiny" if names[0] == "tiny" else benches[0].setup.model.folder
+        start_workers(options, first)
 
 
 def main(argv=None):
