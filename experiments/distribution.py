@@ -1,4 +1,4 @@
-"""The README's results on distribution-wise rewards: the FID as the only reward, on assets/tiny.
+"""The FID alone in docs/results.md: the FID as the only reward, on assets/tiny, at several prices.
 
     python experiments/distribution.py                  # runs what is missing, then the report
     python experiments/distribution.py --report         # only the report, from the runs there are
@@ -223,7 +223,7 @@ def draw_curves(out, seeds):
             curves[name] = {seed: load(out / f"{name}-{seed}") for seed in done}
     draw(
         curves,
-        ROOT / "experiments" / "distribution.png",
+        ROOT / "docs" / "distribution.png",
         ("iteration", "iteration (160 rollouts each; longer: 320)"),
         [
             ("eval/fid_trained", "Frechet distance of fresh pictures, features trained on"),
