@@ -409,7 +409,8 @@ def save_generator(folder, model):
 
 def write_prompts(folder):
     """prompts.jsonl: three prompts a class. eval_prompts.jsonl: one, phrased as none of these."""
-    prompts, eval_prompts = [], []
+    prompts = []
+    eval_prompts = []
     for label, nouns in enumerate(NOUNS):
         phrases = [noun_phrase([noun]) for noun in nouns]
         texts = [f"photo of {phrase}" for phrase in phrases] + phrases
