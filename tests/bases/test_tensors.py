@@ -101,17 +101,16 @@ def test_a_lora_is_its_layer_plus_two_layers_in_a_row(tmp_path, prefix, alpha, k
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, block",
-    [
-        ("blocks.0.attn.to_q.weight", "blocks.0"),
-        ("blocks.10.norm.1.bias", "blocks.10"),
-        ("enc.64x64_block0.conv.weight", "enc.64x64_block0"),  # EDM2's
-        ("conv1.weight", "rest"),
-    ],
-)
-def test_a_block_is_a_name_up_to_its_first_number(name, block):
-    assert tensors.block_of(name) == block
+def test_a_block_is_a_name_up_to_its_first_number():
+    blocks = {
+        "blocks.0.attn.to_q.weight": "blocks.0",
+        "blocks.10.norm.1.bias": "blocks.10",
+        "enc.64x64_block0.conv.weight": "enc.64x64_block0",  # EDM2's
+        "conv1.weight": "rest",
+        "projection": "rest",
+    }
+    for name, block in blocks.items():
+        assert tensors.block_of(name) == block
 
 
 def test_put_copies_into_parameters_and_buffers():
@@ -270,10 +269,6 @@ MISFITS = {  # what is wrong: the tensors of the file, its facts, what the messa
         {},
         r"proj_out.alpha has the shape \(3,\)",
     ),
-    "no length": (BIAS, {"iteration": "2", "sigma_rel": "wide"}, "average wide of iteration 2"),
-    "impossible length": (BIAS, {"iteration": "2", "sigma_rel": "7"}, "average 7 of iteration 2"),
-    "no iteration": (BIAS, {"sigma_rel": "0.05"}, "average 0.05 of iteration None"),
-    "NaN as iteration": (BIAS, {"iteration": "nan", "sigma_rel": "0.05"}, "of iteration nan"),
 }
 
 
@@ -289,6 +284,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(snapshot, tiny, tmp_path, wha
     values, facts, message = MISFITS[what]
     bad = write(tmp_path / "bad.safetensors", values, **facts)
     assert_refused(snapshot, bad, tiny, message)
+
+
+def test_an_impossible_average_is_refused(snapshot, tiny, tmp_path):
+    for iteration, length in (("2", "wide"), ("2", "7"), ("nan", "0.05"), ("first", "0.05")):
+        facts = {"iteration": iteration, "sigma_rel": length}
+        bad = write(tmp_path / "bad.safetensors", BIAS, **facts)
+        assert_refused(snapshot, bad, tiny, f"average {length} of iteration {iteration}")
+    bad = write(tmp_path / "bad.safetensors", BIAS, sigma_rel="0.05")
+    assert_refused(snapshot, bad, tiny, "average 0.05 of iteration None")
 
 
 def test_what_is_no_checkpoint_is_refused(snapshot, tiny, tmp_path):
