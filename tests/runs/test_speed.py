@@ -277,18 +277,11 @@ def compared(monkeypatch):
     [
         ("", 2.0, [("float32", "bfloat16", False)], "bfloat16"),
         (
-            "--compile",
-            2.0,
-            [torch.float32, ("float32", "bfloat16", False)],
-            "bfloat16, compiled",
-        ),
-        (
             "--compile --precision bfloat16",
             2.0,
             [torch.float32, ("bfloat16", "bfloat16", False)],
             "bfloat16, compiled",
         ),
-        ("--precision bfloat16", 2.0, [("bfloat16", "bfloat16", True)], "bfloat16"),
         # A CPU without matrix instructions.
         ("", 0.5, [("float32", "float32", True)], "float32"),
     ],
