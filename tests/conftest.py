@@ -213,6 +213,7 @@ def tiny(tmp_path_factory):
 def names(tmp_path_factory, tiny):
     """{family: what --model would be} of a random base of every family, see small_bases.py."""
     from small_bases import build_bases  # here, because it imports diffusers
+
     return build_bases(tmp_path_factory.mktemp("bases"), tiny)
 
 
@@ -220,4 +221,5 @@ def names(tmp_path_factory, tiny):
 def loaded(names):
     """{family: model} of the bases in `names`. Load one anew before changing anything in it."""
     import bases
+
     return {family: bases.load(name) for family, name in names.items()}

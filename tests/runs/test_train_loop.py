@@ -228,13 +228,21 @@ def rounded_latents(trajectory, args):
 def other_noise(trajectory, args):
     right = trajectory.condition
     count = trajectory.latents.shape[1]
-    trajectory.condition = lambda rows, u: right((rows + 1) % count, u)
+
+    def of_the_next_rollout(rows, u):
+        return right((rows + 1) % count, u)
+
+    trajectory.condition = of_the_next_rollout
     return trajectory
 
 
 def no_noise(trajectory, args):
     right = trajectory.condition
-    trajectory.condition = lambda rows, u: right(rows, 0 * u)
+
+    def without_noise(rows, u):
+        return right(rows, 0 * u)
+
+    trajectory.condition = without_noise
     return trajectory
 
 
