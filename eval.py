@@ -158,6 +158,7 @@ class Evaluator:
         )
 
     def save_grid(self, iteration, images):
+        """Writes grids/NNNNN.png, the first ten pictures of each prompt."""
         if processes.rank() == 0:
             rows = images.reshape(len(self.eval_prompts), -1, *images.shape[1:])
             path = Path(self.args.out) / "grids" / f"{iteration:05d}.png"
@@ -508,6 +509,7 @@ def save_report(args, N, collapsed, numbers):
 
 
 def compare_runs(args, runs):
+    """Prints the table of the runs, and draws their figure if --out names one."""
     print(compare.table(runs), flush=True)
     if args.out:
         compare.draw(runs, args.out)
@@ -515,12 +517,14 @@ def compare_runs(args, runs):
 
 
 def show_grids(args, sheets):
+    """Draws the grids of the runs side by side."""
     compare.draw_grids(sheets, args.out)
     print(f"{args.out}: written")
 
 
 @record
 def main(argv=None):
+    """The command: checks everything, then runs what is asked for."""
     args = flags.parse_args(Args, __doc__, argv)
     with flags.refusing():
         args, inputs = check_eval(args, Args(args.command, args.inputs))

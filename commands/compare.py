@@ -83,6 +83,7 @@ def load(folder):
 
 
 def read_curves(path):
+    """metrics.jsonl -> {"iteration", "eval/..."} of the evaluations as arrays, and "minutes"."""
     rows = read_rows(path)
     evaluations = [row for row in rows if "eval/fid" in row]
     names = ["iteration"]
@@ -97,6 +98,7 @@ def read_curves(path):
 
 
 def read_rows(path):
+    """The lines of a metrics.jsonl -> a list of objects."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -144,6 +146,7 @@ def open_runs(folders, labels):
 
 
 def check_comparable(folder, config, first_folder, first_config):
+    """Raises ValueError if two runs were evaluated in different ways."""
     for name, reason in EQUAL_FLAGS.items():
         if saved_value(config, name) != saved_value(first_config, name):
             raise ValueError(
@@ -153,6 +156,7 @@ def check_comparable(folder, config, first_folder, first_config):
 
 
 def read_config(folder):
+    """The config.json of a run folder. Raises ValueError."""
     try:
         return files.read_json(Path(folder) / "config.json")
     except ValueError as error:
@@ -351,6 +355,7 @@ def draw(runs, path, x=ALIGNMENT, panels=PANELS):
 
 
 def draw_panel(axis, runs, x, y):
+    """Draws y over x, each a metric and its label: lines, bands, dots and the start."""
     x_metric, x_label = x
     y_metric, y_label = y
     for number, (label, seeds) in enumerate(runs.items()):
@@ -374,6 +379,7 @@ def draw_panel(axis, runs, x, y):
 
 
 def panel_title(x_metric, y_metric):
+    """What the lines of a panel are, and which way is better."""
     if x_metric == "iteration":
         return "line: mean of the seeds; band: their range"
     best, direction = "highest diversity", "up"
@@ -459,6 +465,7 @@ def draw_coefficients(out, names):
 
 
 def save_figure(figure, path, dpi):
+    """Writes a matplotlib figure as a PNG and closes it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))

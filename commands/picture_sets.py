@@ -260,6 +260,7 @@ def open_pictures(args, name):
 
 
 def npz_pictures(args, name):
+    """An npz with arr_0, uint8 [N, H, W, 3] -> Pictures."""
     pixels = read_pixels(name)
 
     def picture(number):
@@ -269,6 +270,8 @@ def npz_pictures(args, name):
 
 
 def folder_pictures(args, name, paths):
+    """The files of a folder of pictures -> Pictures."""
+
     def picture(number):
         return read_picture(paths[number])
 
