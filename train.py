@@ -555,8 +555,10 @@ def train(args, prompts, eval_prompts, interrupt):
         if run.is_due(iteration, args.eval_every):
             metrics |= evaluate(iteration)
         run.log(iteration, metrics)
+        run.save_results(iteration)
         stop = interrupt.asked(device)
-        run.save(iteration, stop)
+        if stop or run.is_due(iteration, args.save_every):
+            run.save_checkpoint(iteration)
         if stop:
             return
 
@@ -580,7 +582,10 @@ def main(argv=None):
         if not is_complete:
             train(args, prompts, eval_prompts, interrupt)
     if interrupt.signal:
-        interrupt.leave(files.stopped(args.out, interrupt.signal))
+        message = ""
+        if processes.rank() == 0:  # it may still be removing old checkpoints, so no other looks
+            message = files.stopped(args.out, interrupt.signal)
+        interrupt.leave(message)
     if processes.rank() == 0:
         if is_complete:
             print(f"{args.out}: already complete")

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from commands.compare import grid_files, open_runs
 from commands.picture_sets import choose, open_pictures, parts_of, read_sidecar, settings, sidecar
 from prompting import read_prompts
 from rewards import DISTRIBUTION, check_labels, check_reward, needs_labels, parse
+from rewards.classifier import check_classifier
 from rewards.features import TINY, check_features
 from rewards.targets import check_judge, check_real, check_target, target_path
 from sampling import VP
@@ -104,7 +106,7 @@ EVAL_LIMITS = {
     "resamples": (10, math.inf),
 }
 
-# What each flag needs to mean anything: the flag before it must not be 0.
+# A flag on the left means nothing where the flag on its right is 0.
 NEEDS = {
     "tau1": "prompt_noise",
     "tau2": "prompt_noise",
@@ -141,10 +143,11 @@ def need(condition, message):
 
 def check_limits(args, limits):
     """Each number of `limits` is finite and within its limits."""
+    largest = sys.float_info.max  # math.isfinite would raise for an int beyond it
     for name, (low, high) in limits.items():
         value = getattr(args, name)
         need(
-            low <= value <= high and math.isfinite(value),
+            low <= value <= high and abs(value) <= largest,
             f"--{name} {value}: must be a finite number from {low:g} to {high:g}",
         )
 
@@ -240,7 +243,8 @@ def check(args, default):
     check_device(args)
     folder = bases.check(args.model)
     check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
-    check_processes(args)
+    check_shard(args, process_count())
+    compiling.check_sizes(args, process_count(), stochastic_steps(args))
     check_guide(args)
     if args.snapshot_every:
         network_files(args.model)  # a snapshot names its base by the numbers in them
@@ -290,7 +294,7 @@ def check_idle(args, changed):
 
 
 def check_sizes(args):
-    """The sizes of groups, window and minibatches fit each other."""
+    """Groups, window and minibatches fit each other, and each process has a rollout."""
     need(
         args.keep <= args.group_size,
         f"--keep {args.keep}: is more than --group_size {args.group_size}",
@@ -316,18 +320,12 @@ def check_sizes(args):
         f"--updates {args.updates}: does not divide the {pairs} (rollout, step) pairs "
         "of an iteration",
     )
-
-
-def check_processes(args):
-    """The processes can share the work: some for each, and under --shard the same for each."""
     processes = process_count()
     rollouts = args.prompts_per_step * args.group_size
     need(
         processes <= rollouts,
         f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share",
     )
-    check_shard(args, processes)
-    compiling.check_sizes(args, processes, stochastic_steps(args))
 
 
 def check_shard(args, processes):
@@ -755,7 +753,7 @@ def check_score_networks(args, folder, sets, has_labels):
     if has_labels or asks_reward_classifier:
         check_labels(sets[0].prompts, args.prompts or sets[0].name)
     if asks_evaluator:
-        check_judge(folder / "evaluator")
+        check_classifier(folder / "evaluator")
     D = check_features(args.features, folder)
     target = target_path(args.target, args.features, folder)
     if args.features in TINY:

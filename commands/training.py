@@ -160,8 +160,8 @@ class Run:
             )
         self.metrics.write({"iteration": iteration} | metrics)
 
-    def save(self, iteration, stop):
-        """The final model, snapshots for merge.py, a checkpoint: whichever is due."""
+    def save_results(self, iteration):
+        """The final model and snapshots for merge.py: whichever is due."""
         args, setup = self.args, self.setup
         if iteration == args.iterations:
             self.save_final_model()
@@ -174,17 +174,19 @@ class Run:
                 args.model,
                 args.keep_snapshots,
             )
-        if stop or self.is_due(iteration, args.save_every):
-            if not args.shard:
-                processes.check_equal(setup.trained, self.device)
-            files.save_checkpoint(
-                self.out,
-                iteration,
-                self.tensors,
-                setup.optimizer,
-                self.metrics.lines,
-                args.keep_checkpoints,
-            )
+
+    def save_checkpoint(self, iteration):
+        """All that the same command needs to go on from here."""
+        if not self.args.shard:
+            processes.check_equal(self.setup.trained, self.device)
+        files.save_checkpoint(
+            self.out,
+            iteration,
+            self.tensors,
+            self.setup.optimizer,
+            self.metrics.lines,
+            self.args.keep_checkpoints,
+        )
 
     def save_final_model(self):
         """model/, and lora/ if a LoRA was trained."""
