@@ -181,7 +181,7 @@ def test_the_terms_share_one_frozen_float32_network(published):
         assert parameter.dtype == torch.float32 and not parameter.requires_grad
 
 
-def test_a_text_is_embedded_once_and_in_batches(published, monkeypatch):
+def test_a_text_is_embedded_once_and_in_batches_of_one_length(published, monkeypatch):
     reward = rewards.Reward(f"{published.clip},{published.pickscore}", TINY, batch=2)
     network = reward.terms["clip"].clip.network
     embed = network.get_text_features
@@ -189,6 +189,7 @@ def test_a_text_is_embedded_once_and_in_batches(published, monkeypatch):
 
     def counted(input_ids, **more):
         sizes.append(len(input_ids))
+        assert input_ids.shape[1] == 8  # whatever the other texts are
         return embed(input_ids=input_ids, **more)
 
     monkeypatch.setattr(network, "get_text_features", counted)
