@@ -1,14 +1,16 @@
 """Fine-tunes an image generator by reinforcement learning, and keeps its pictures diverse.
 
-    torchrun train.py                                    the default: DRIFT on assets/tiny, a few minutes on two CPU cores
-    torchrun train.py --drift off                        plain GRPO, everything else the same
-    torchrun --nproc_per_node 8 train.py                 the same to rounding: every size below is global
+    torchrun train.py                        the default: DRIFT on assets/tiny, minutes on two cores
+    torchrun train.py --drift off            plain GRPO, everything else the same
+    torchrun --nproc_per_node 8 train.py     the same to rounding: every size below is global
 
-The algorithm is `train`: prompts -> rollouts -> rewards -> potential -> subset -> advantages -> clipped update (GRPO for flows,
-arXiv 2505.05470; DRIFT, arXiv 2601.12401). Simplifications, on purpose:
-  1. no critic: a rollout's advantage is its reward against its group's mean;    2. no replay: rollouts are used once and dropped;
-  3. randomness is a function of (seed, step, sample), so nothing random is saved;    4. no learning-rate decay, no loss scaling.
+The algorithm is `train`. An iteration: prompts -> rollouts -> rewards and diversity -> subset ->
+advantages -> clipped update (GRPO for flows, arXiv 2505.05470; DRIFT, arXiv 2601.12401).
+Left out on purpose: a critic (a rollout's advantage is its reward against its group's mean), replay
+(rollouts are used once), a decaying learning rate, loss scaling. Nothing random is saved, because
+randomness is a function of (seed, step, sample).
 """
+
 import json
 import math
 import time
@@ -40,18 +42,17 @@ ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3
 
 @dataclass
 class Args:
-
     # the run
     model: str = "assets/tiny"
-    """base: a folder or hub id of Stable Diffusion 1, 2, 3 or 3.5; sit:FILE; edm2:FILE; or a run's model/"""
+    """folder or hub id of Stable Diffusion 1, 2, 3 or 3.5; sit:FILE; edm2:FILE; a run's model/"""
     prompts: str = ""
     """prompts to train on, .txt or .jsonl (default: the model folder's prompts.jsonl)"""
     reward: str = "class:1"
-    """what to raise, as in class:1,fid:0.3; the names are in rewards.py; each in units of its std"""
+    """rewards and weights, as in class:1,fid:0.3; each is in units of its own std"""
     out: str = ""
     """run folder (default: runs/ and the flags that differ from the defaults)"""
     iterations: int = 60
-    """times to sample and train"""
+    """how often to sample and train"""
     seed: int = 0
     """of prompts and noise in training"""
     drift: Literal["on", "off"] = "on"
@@ -67,27 +68,27 @@ class Args:
     steps: int = 8
     """sampling steps of a rollout"""
     window: str = "0:4"
-    """the stochastic steps, first:end; the others are deterministic and not trained"""
+    """the stochastic steps, first:end; the others are deterministic and are not trained"""
     kernel: Literal["ancestral", "cps", "flow-grpo"] = "cps"
     """rule of the stochastic step"""
     eta: float = 0.8
-    """its noise, 0 to 1"""
+    """how much noise a stochastic step adds, 0 to 1"""
     guidance: float = 1.0
     """classifier-free guidance, in training and evaluation"""
 
     # distribution-wise reward, if --reward names fid or kid
     features: str = "reward"
-    """measured in: reward, evaluator, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"""
+    """network: reward, evaluator, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"""
     target: str = ""
-    """.npz with mu and sigma, folder of pictures or idx file (default: the model folder's own)"""
+    """real pictures: .npz of mu and sigma, folder or idx file (default: the model folder's own)"""
     price: Literal["potential", "exact"] = "potential"
-    """one price a picture to first order; or one for each set of pictures"""
+    """a first-order price for each picture, or an exact one for each set of pictures"""
     replace: int = 0
     """K, pictures of a set, each of another group (0: one of every group)"""
     reference: int = 640
-    """M, generated pictures in the reference; the oldest make way for each iteration's"""
+    """M, generated pictures in the reference set; each iteration's replace the oldest"""
     refresh: int = 0
-    """iterations between wholly new references; 0: never"""
+    """iterations between wholly new reference sets (0: never)"""
 
     # DRIFT (i): concentrated subset
     select: Literal["window", "band", "spread", "all"] = "all"
@@ -97,91 +98,91 @@ class Args:
 
     # DRIFT (ii): prompt noise
     prompt_noise: float = 0.5
-    """scale s of the noise on the prompt embedding; 0 switches it off"""
+    """scale s of the noise on the prompt embedding (0: off)"""
     tau1: float = 0.6
-    """no noise when less than this fraction of the steps is still to go"""
+    """no noise when less than this fraction of the steps is left"""
     tau2: float = 1.2
-    """all noise when more than this is to go; above 1: never all noise"""
+    """nothing but noise when more than this fraction is left; above 1: never nothing but noise"""
     psi: float = 1.0
     """how far the noised embedding is rescaled to its own mean and std"""
 
     # DRIFT (iii): diversity shaping
     diversity: float = 0.5
-    """weight of the shaped diversity beside the normalised reward; 0 switches it off"""
+    """weight of the shaped diversity beside the normalised reward (0: off)"""
     diversity_features: str = "reward"
     """where distances are measured: latents, or whatever --features takes"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """distance of two rollouts"""
     nearest: int = 3
-    """mean distance to this many nearest of the group; 0: to all"""
+    """diversity is the mean distance to this many nearest of the group (0: to all)"""
     success: bool = True
-    """the potential counts only for rollouts with at least their group's mean reward (--terminal keep)"""
+    """pay diversity only to rollouts with at least their group's mean reward (--terminal keep)"""
     gamma: float = 1.0
     """discount of the shaping"""
     terminal: Literal["keep", "zero"] = "keep"
-    """potential of the finished picture: keep it (a bonus), or zero (optimum unchanged)"""
+    """potential of the finished picture: keep it (a bonus) or zero it (the optimum is unchanged)"""
 
     # other protections, to compare with
     kl: float = 0.0
     """weight of the KL to the base model, nats a step against a normalised advantage"""
     gardo: bool = False
-    """GARDO: positive advantages times the relative distance to the nearest of the group"""
+    """GARDO: a positive advantage times the relative distance to the nearest of the group"""
 
     # update
     std: Literal["batch", "group", "none"] = "batch"
-    """what divides a centred reward: std of the batch, of its group, or nothing"""
+    """what a centred reward is divided by: the std of the batch, that of its group, or nothing"""
     train: Literal["attention", "all"] = "attention"
-    """which weights learn"""
+    """which weights are trained"""
     lora: int = 0
-    """rank of a LoRA on attention and feed-forward, in place of the weights (alpha = rank); 0: the weights themselves"""
+    """rank of a LoRA on attention and feed-forward, alpha = rank (0: train the weights)"""
     lr: float = 3e-4
     """AdamW's learning rate"""
     warmup: int = 5
-    """iterations over which lr rises"""
+    """iterations over which the learning rate rises"""
     updates: int = 2
     """optimizer steps a pass"""
     passes: int = 1
     """passes over an iteration's (rollout, step) pairs"""
     clip: float = 0.4
-    """PPO clip of the log-ratio, nats a picture and step (divided by its dimensions)"""
+    """PPO's clip of the log-ratio, nats a picture and step (divided by its dimensions)"""
     grad_clip: float = 1.0
-    """largest gradient norm"""
+    """largest norm of the gradient"""
     ema: float = 0.0
-    """decay, an iteration, of the average of the weights that is evaluated and saved; 0: none"""
+    """decay an iteration of the averaged weights that are evaluated and saved (0: no average)"""
 
     # evaluation, saving, machine
     eval_prompts: str = ""
-    """prompts to judge on (default: the model folder's eval_prompts.jsonl)"""
+    """prompts to evaluate on (default: the model folder's eval_prompts.jsonl)"""
     eval_every: int = 10
     """iterations between evaluations"""
     eval_images: int = 640
-    """pictures an evaluation, over all prompts"""
+    """pictures of an evaluation, over all prompts"""
     eval_steps: int = 10
-    """deterministic sampling steps"""
+    """deterministic sampling steps of an evaluation"""
     eval_seed: int = 0
     """of the evaluation's noise"""
     save_every: int = 10
     """iterations between checkpoints"""
     keep_checkpoints: int = 2
-    """how many of the newest stay"""
+    """how many of the newest checkpoints stay"""
     snapshot_every: int = 10
-    """iterations between snapshots of the trained weights and two averages, for merge.py; 0: none"""
+    """iterations between snapshots of the weights and two averages, for merge.py (0: none)"""
     keep_snapshots: int = 6
-    """how many of the newest stay"""
+    """how many of the newest snapshots stay"""
     batch: int = 160
-    """rollouts in one forward of a process: memory only, as all down to --shard"""
+    """rollouts in one forward of a process; this and the flags down to --offload: memory only"""
     train_batch: int = 0
-    """(rollout, step) pairs in one forward and backward; 0: as --batch"""
+    """(rollout, step) pairs in one forward and backward (0: as --batch)"""
     decode_batch: int = 8
     """pictures that a VAE decodes at once"""
     reward_batch: int = 0
-    """pictures that rewards and features look at, at once; 0: as --batch"""
+    """pictures that rewards and feature networks see at once (0: as --batch)"""
     checkpointing: bool = False
     """recompute activations in the backward instead of keeping them"""
     offload: bool = False
-    """keep the rollouts in the memory of the CPU until the update asks for them"""
+    """keep the rollouts in the memory of the CPU until the update needs them"""
     shard: bool = False
-    """deal weights, gradients and optimizer over the processes (FSDP), if training fits no single one"""
+    """deal weights, gradients and optimizer over the processes (FSDP)"""
     compile: bool = False
     """torch.compile the network; the first ratio is then 1 to rounding, not exactly"""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -194,15 +195,17 @@ class Args:
 
 class Groups(NamedTuple):
     """One iteration's rollouts: the trajectory of this process's B, all else of all P x N."""
+
     trajectory: Trajectory
-    rewards: dict                       # {name: [P, N]}
-    set_features: torch.Tensor | None   # [P, N, F], what a distribution-wise reward sees
-    potential: torch.Tensor             # [W + 1, P, N], diversity before each step and at the end
-    nearest: torch.Tensor               # [P, N], distance to the nearest of the group
+    rewards: dict  # {name: [P, N]}
+    set_features: torch.Tensor | None  # [P, N, F], what a distribution-wise reward sees
+    potential: torch.Tensor  # [W + 1, P, N], diversity before each stochastic step and at the end
+    nearest: torch.Tensor  # [P, N], distance to the nearest of the group
 
 
 # --------------------------------------------------------------------------------------------------
-# SAMPLE: N rollouts of each prompt, their rewards and how different they are.
+# SAMPLE: N rollouts of each prompt, their rewards, and how different they are.
+
 
 def explore(args, setup, texts, samples, key):
     """Rollouts of `texts`, numbered `samples` -> Trajectory.
@@ -211,22 +214,24 @@ def explore(args, setup, texts, samples, key):
     """
     model, policy = setup.model, setup.policy
     shape = (1 + len(policy.window), *model.shape)
-    noise = seeded_noise((*key, 0), samples, shape).to(model.device)            # [B, 1 + W, ...]
-    start = noise[:, 0] * model.initial_std
+    noise = seeded_noise((*key, 0), samples, shape).to(model.device)  # [B, 1 + W, ...]
+    x_T = noise[:, 0] * model.initial_std
     step_noise = noise[:, 1:]
 
-    # DRIFT (ii): one noise for each rollout and embedding.
+    # DRIFT (ii): noise on the prompt's embeddings, one for each rollout.
     prompt = model.encode(texts)
     prompt_noise = []
     for n, embedding in enumerate(prompt):
         drawn = seeded_noise((*key, 1 + n), samples, embedding.shape[1:])
         prompt_noise.append(drawn.to(embedding))
     condition = noised_prompt(
-        prompt, prompt_noise, args.prompt_noise, args.tau1, args.tau2, args.psi)
+        prompt, prompt_noise, args.prompt_noise, args.tau1, args.tau2, args.psi
+    )
 
-    waits_on = "cpu" if args.offload else None
+    keep_on = "cpu" if args.offload else None
     return rollout(
-        model, policy, condition, start, step_noise, setup.null_prompt, args.batch, waits_on)
+        model, policy, condition, x_T, step_noise, setup.null_prompt, args.batch, keep_on
+    )
 
 
 def in_parts(function, inputs, args, device):
@@ -235,88 +240,84 @@ def in_parts(function, inputs, args, device):
     return torch.cat([function(part.to(device)) for part in inputs.split(size)])
 
 
-def diversity_space(args, setup, trajectory, images):
+def diversity_features(args, setup, trajectory, images):
     """Where distances are measured, before each stochastic step and at the end -> [W + 1, B, F].
 
     Before a step it is the picture predicted there. Without --diversity only the end: [1, B, F].
     """
-    window = setup.policy.window
-    predicted = trajectory.x0_hats[window.start:window.stop] if args.diversity else ()
-    device = setup.model.device
-    if setup.diversity_features is None:
+    window, device = setup.policy.window, setup.model.device
+    predicted = trajectory.x0_hats[window.start : window.stop] if args.diversity else ()
+    if setup.diversity_features is None:  # distances between latents
         states = [*predicted, trajectory.latents[-1]]
         return torch.stack([latents.to(device).flatten(1) for latents in states])
 
-    def look(latents):
+    def features_of(latents):
         return setup.diversity_features(setup.model.decode(latents))
 
-    features = [in_parts(look, latents, args, device) for latents in predicted]
+    features = [in_parts(features_of, latents, args, device) for latents in predicted]
     features.append(in_parts(setup.diversity_features, images, args, device))
     return torch.stack(features)
 
 
 def sample_groups(args, setup, step):
-    """SAMPLE -> Groups."""
+    """SAMPLE: P groups of N rollouts -> Groups."""
     P, N, W = args.prompts_per_step, args.group_size, len(setup.policy.window)
-    model = setup.model
+    model, reference_set = setup.model, setup.reference_set
 
     # Roll out this process's share of the P x N rollouts.
     samples = processes.share(P * N)
-    drawn = draw_prompts(len(setup.prompts), P, args.seed, step)                # [P]
-    prompts = [setup.prompts[drawn[sample // N]] for sample in samples]         # B of them
+    drawn = draw_prompts(len(setup.prompts), P, args.seed, step)  # [P]
+    prompts = [setup.prompts[drawn[sample // N]] for sample in samples]  # B of them
     texts = [prompt.text for prompt in prompts]
     trajectory = explore(args, setup, texts, samples, (ROLLOUT_STREAM, args.seed, step))
 
     with torch.inference_mode():
         # Look at the pictures. What fails on one process stops them all.
-        images = model.decode(trajectory.latents[-1].to(model.device))          # [B, 3, H, W]
+        images = model.decode(trajectory.latents[-1].to(model.device))  # [B, 3, H, W]
+        set_features = None
         with guards.together(f"iteration {step + 1}"):
-            guards.finite({
-                "a latent": trajectory.latents,
-                "a predicted picture": trajectory.x0_hats,
-                "a log-prob": trajectory.log_probs,
-            })
+            guards.finite({"a latent": trajectory.latents})
+            guards.finite({"a predicted picture": trajectory.x0_hats})
+            guards.finite({"a log-prob": trajectory.log_probs})
             rewards = setup.reward(images, texts, [prompt.metadata for prompt in prompts])
-            set_features = None
-            if setup.reference_set:
-                set_features = in_parts(
-                    setup.reference_set.features, images, args, model.device)   # [B, F]
-            features = diversity_space(args, setup, trajectory, images)         # [W + 1, B, F]
+            if reference_set:
+                set_features = in_parts(reference_set.features, images, args, model.device)
+            features = diversity_features(args, setup, trajectory, images)  # [W + 1, B, F]
 
         # Gather what all processes found.
         for name, reward in rewards.items():
             rewards[name] = processes.gather(reward, P * N).reshape(P, N)
-        if setup.reference_set:
+        if reference_set:
             set_features = processes.gather(set_features, P * N).reshape(P, N, -1)
-        features = processes.gather(features.transpose(0, 1), P * N)              # [P N, W + 1, F]
+        features = processes.gather(features.transpose(0, 1), P * N)  # [P N, W + 1, F]
         features = features.transpose(0, 1).reshape(features.shape[1], P, N, -1)
 
         # How different is each rollout from its group?
-        potential = [group_diversity(f, args.metric, args.nearest) for f in features]
+        potential = [group_diversity(state, args.metric, args.nearest) for state in features]
         potential = torch.stack(potential).expand(W + 1, P, N)
         nearest = group_diversity(features[-1], "cosine", nearest=1)
     return Groups(trajectory, rewards, set_features, potential, nearest)
 
 
-@torch.no_grad()                        # in inference_mode, --shard would gather the weights
+@torch.no_grad()  # in inference_mode, --shard would gather the weights
 def reference_features(args, setup, step):
     """Features [M, F] of M new rollouts, all prompts in turn: the members of a new reference."""
     M = args.reference
     samples = processes.share(M)
-    drawn = draw_prompts(len(setup.prompts), M, args.seed, 0)                   # [M]
+    drawn = draw_prompts(len(setup.prompts), M, args.seed, 0)  # [M]
     features = []
     for start in range(samples.start, samples.stop, args.batch):
         some = range(start, min(start + args.batch, samples.stop))
         texts = [setup.prompts[drawn[sample]].text for sample in some]
         trajectory = explore(args, setup, texts, some, (REFERENCE_STREAM, args.seed, step))
         images = setup.model.decode(trajectory.latents[-1].to(setup.model.device))
-        features.append(in_parts(
-            setup.reference_set.features, images, args, setup.model.device))
+        features.append(in_parts(setup.reference_set.features, images, args, setup.model.device))
     return processes.gather(torch.cat(features), M)
 
 
 # --------------------------------------------------------------------------------------------------
 # CREDIT: who is kept, and what each of its steps earns.
+
 
 def weighted_advantage(args, weights, rewards, index):
     """Each reward centred by group and in units of its std, then weighted -> [P, K]."""
@@ -330,25 +331,27 @@ def credit(args, weights, groups):
     """CREDIT -> the kept rollouts, index [P, K], and advantages [W, P, K] of their steps."""
     P, N = groups.nearest.shape
     everyone = torch.arange(N).expand(P, N)
-    score = weighted_advantage(args, weights, groups.rewards, everyone)         # [P, N]
+    score = weighted_advantage(args, weights, groups.rewards, everyone)  # [P, N]
 
     # DRIFT (i): keep a concentrated subset of each group.
-    index = concentrated_subset(score, args.keep, args.select)                  # [P, K]
-    advantage = weighted_advantage(args, weights, groups.rewards, index)        # [P, K]
+    index = concentrated_subset(score, args.keep, args.select)  # [P, K]
+    advantage = weighted_advantage(args, weights, groups.rewards, index)  # [P, K]
     if args.gardo:
         advantage = gardo(advantage, groups.nearest, index)
 
-    # DRIFT (iii): pay each step for the diversity that it adds, in successful rollouts only.
+    # DRIFT (iii): pay each step for the diversity that it adds, in successful rollouts only. (So a
+    # success that ends less different than it was predicted is fined.)
     potential = groups.potential
     if args.success and args.terminal == "keep":
         potential = potential * (score >= 0)
-    no_reward = torch.zeros_like(potential[0])              # it is paid in `advantage` already
-    returns = shaped_returns(no_reward, potential, args.gamma, 1.0, args.terminal)      # [W, P, N]
+    no_reward = torch.zeros_like(potential[0])  # it is paid in `advantage` already
+    returns = shaped_returns(no_reward, potential, args.gamma, 1.0, args.terminal)  # [W, P, N]
     return index, advantage + args.diversity * group_advantage(returns, index)
 
 
 # --------------------------------------------------------------------------------------------------
 # TRAIN: a clipped policy gradient on (rollout, step) pairs.
+
 
 def clipped_loss(ratio, advantage, clip):
     """PPO's pessimistic surrogate, a loss for each pair."""
@@ -380,71 +383,87 @@ def minibatches(args, W, kept, step):
 
 
 def pair_losses(args, setup, trajectory, w, row, advantage):
-    """Policy loss, KL and |ratio - 1| [n] of n pairs: step w of the window of our rollout `row`."""
-    policy = setup.policy
-    D = math.prod(setup.model.shape)
-    k = w + policy.window.start                                                 # of the schedule
+    """Policy loss, KL and |ratio - 1| [n] of n pairs: step w of the window of the rollout `row`.
+
+    w, row and advantage are [n]; `row` counts this process's rollouts.
+    """
+    model, policy = setup.model, setup.policy
+    D = math.prod(model.shape)
+    k = w + policy.window.start  # step of the schedule
     x_t = trajectory.at(k, row)
     x_s = trajectory.at(k + 1, row)
     prompt = trajectory.condition(row, policy.fraction(k))
 
-    mean, std, _ = policy.step(setup.model, x_t, k, prompt, setup.null_prompt)
+    mean, std, _ = policy.step(model, x_t, k, prompt, setup.null_prompt)
     log_ratio = log_prob(x_s, mean, std) - trajectory.log_probs[w, row]
-    ratio = torch.exp(log_ratio / D)                                            # a dimension's
+    ratio = torch.exp(log_ratio / D)  # of one dimension, so that one clip fits all sizes
     loss = clipped_loss(ratio, advantage, args.clip / D)
 
     kl = torch.zeros_like(ratio)
     if args.kl:
-        base = setup.frozen_model or setup.model
-        as_base = nullcontext() if setup.frozen_model else lora_off(setup.model.network)
+        base = setup.frozen_model or model
+        as_base = nullcontext() if setup.frozen_model else lora_off(model.network)
         with torch.no_grad(), as_base:
             base_mean, _, _ = policy.step(base, x_t, k, prompt, setup.null_prompt)
         kl = gaussian_kl(mean, base_mean, std)
     return loss, kl, (ratio.detach() - 1).abs()
 
 
+def backward(args, setup, trajectory, kept, advantage, minibatch):
+    """Adds up the gradients of this process's pairs -> sums [4] and the largest |ratio - 1|.
+
+    kept [P K]: the numbers of the kept rollouts; advantage [W, P K]. Pair w P K + j of `minibatch`
+    is step w of the kept rollout j. sums: of the loss, the KL, the clipped pairs and all pairs.
+    """
+    D = math.prod(setup.model.shape)
+    local = processes.share(args.prompts_per_step * args.group_size)
+    rollouts = kept[minibatch % len(kept)]
+    local_pairs = minibatch[(rollouts >= local.start) & (rollouts < local.stop)]
+    sums = torch.zeros(4, dtype=torch.float64, device=kept.device)
+    ratio_error = torch.zeros((), device=kept.device)  # a tensor: .item() would stop a GPU
+
+    for pairs in local_pairs.split(args.train_batch or args.batch):
+        if not len(pairs):
+            break
+        w = pairs // len(kept)
+        j = pairs % len(kept)
+        row = kept[j] - local.start
+        loss, kl, error = pair_losses(args, setup, trajectory, w, row, advantage[w, j])
+        objective = (loss + args.kl * kl / D).sum() / len(minibatch)
+        objective.backward()
+
+        clipped = (error > args.clip / D).sum()
+        count = torch.ones_like(loss).sum()
+        sums += torch.stack([loss.sum(), kl.sum(), clipped, count]).detach().double()
+        ratio_error = torch.maximum(ratio_error, error.max())
+    return sums, ratio_error
+
+
 def update(args, setup, trajectory, index, advantage, step):
     """TRAIN: one optimizer step a minibatch -> metrics. index [P, K], advantage [W, P, K]."""
     device = setup.model.device
     N, W = args.group_size, len(setup.policy.window)
-    D = math.prod(setup.model.shape)
-    clip = args.clip / D
-    ours = processes.share(args.prompts_per_step * N)
-    kept = (torch.arange(len(index))[:, None] * N + index.cpu()).flatten().to(device)   # [P K]
-    advantage = advantage.float().reshape(W, -1).to(device)                             # [W, P K]
-    totals = 0
-    ratio_error = advantage.new_zeros(())                   # before the first step: of rounding
+    clip = args.clip / math.prod(setup.model.shape)
+    first_of_group = torch.arange(len(index))[:, None] * N
+    kept = (first_of_group + index.cpu()).flatten().to(device)  # [P K]
+    advantage = advantage.float().reshape(W, -1).to(device)  # [W, P K]
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
 
     for n, minibatch in enumerate(minibatches(args, W, len(kept), step)):
-        # Gradients of our pairs. Pair w P K + j is step w of the kept rollout j.
         setup.optimizer.zero_grad()
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
-        minibatch = minibatch.to(device)
-        rollouts = kept[minibatch % len(kept)]
-        mine = minibatch[(rollouts >= ours.start) & (rollouts < ours.stop)]
-        for pairs in mine.split(args.train_batch or args.batch) if len(mine) else ():
-            w = pairs // len(kept)
-            j = pairs % len(kept)
-            row = kept[j] - ours.start
-            loss, kl, error = pair_losses(args, setup, trajectory, w, row, advantage[w, j])
-            objective = (loss + args.kl * kl / D).sum() / len(minibatch)
-            objective.backward()
-            clipped = (error > clip).sum()
-            count = torch.ones_like(loss).sum()
-            sums += torch.stack([loss.sum(), kl.sum(), clipped, count]).detach().double()
-            if n == 0:
-                ratio_error = torch.maximum(ratio_error, error.max())   # no .item(): it would wait
+        sums, error = backward(args, setup, trajectory, kept, advantage, minibatch.to(device))
+        tensors = {"an advantage": advantage, "the loss": sums}
+        for name, parameter in setup.trained.items():
+            tensors[f"the gradient of {name}"] = parameter.grad
+        guards.check_finite(step, tensors, device)
 
         # One optimizer step on the gradients of all processes.
-        gradients = {f"the gradient of {name}": p.grad for name, p in setup.trained.items()}
-        guards.check_finite(
-            step, {"an advantage": advantage, "the loss": sums} | gradients, device)
-        if not args.shard:                                  # FSDP has summed them already
+        if not args.shard:  # FSDP has summed them already
             processes.sum_gradients(setup.trained.values())
         totals = totals + processes.all_sum(sums)
         grad_norm = clip_gradients(setup.trained.values(), args.grad_clip)
-        if n == 0:
-            ratio_error = processes.all_max(ratio_error, device)
+        if n == 0:  # before the first step the ratio is 1, to rounding
+            ratio_error = processes.all_max(error, device)
         guards.check_update(step, grad_norm, ratio_error, guards.tolerance(args), clip)
         setup.optimizer.step()
 
@@ -461,7 +480,9 @@ def update(args, setup, trajectory, index, advantage, step):
 # --------------------------------------------------------------------------------------------------
 # The loop.
 
+
 def set_learning_rate(args, optimizer, iteration):
+    """It rises over the first `warmup` iterations and stays."""
     for group in optimizer.param_groups:
         group["lr"] = args.lr * min(1, iteration / max(1, args.warmup))
 
@@ -469,7 +490,7 @@ def set_learning_rate(args, optimizer, iteration):
 def renew_reference(args, setup, groups, oldest, step):
     """The newest pictures take the place of the oldest members -> metrics."""
     members = setup.reference_set.members
-    features = groups.set_features.flatten(0, 1)                                # [P N, F]
+    features = groups.set_features.flatten(0, 1)  # [P N, F]
     places = (oldest + torch.arange(len(features), device=features.device)) % args.reference
     members.replace(places, features)
     metrics = {"reference": members.value()}
@@ -479,7 +500,8 @@ def renew_reference(args, setup, groups, oldest, step):
 
 
 def sample_metrics(weights, groups):
-    total = sum(weight * groups.rewards[name] for name, weight in weights.items())      # [P, N]
+    """What the rollouts were worth, and how different they were -> metrics."""
+    total = sum(weight * groups.rewards[name] for name, weight in weights.items())  # [P, N]
     metrics = {"reward": total.mean().item()}
     for name, reward in groups.rewards.items():
         metrics["reward/" + name] = reward.mean().item()
@@ -494,34 +516,35 @@ def train(args, prompts, eval_prompts, interrupt):
     setup = open_setup(args, prompts, eval_prompts, device)
     run = Run(args, setup, device)
     evaluate = evaluation.Evaluator(args, setup, eval_prompts, device)
-    weights = setup.reward.weights
+    weights, reference_set = setup.reward.weights, setup.reference_set
 
-    if run.is_new and setup.reference_set:
-        setup.reference_set.members.refresh(reference_features(args, setup, 0))
+    if run.is_new and reference_set:
+        reference_set.members.refresh(reference_features(args, setup, 0))
     run.open_log()
     if run.is_new:
         run.log(0, evaluate(0))
 
     for step in run.steps():
         iteration = step + 1
-        oldest = step * args.prompts_per_step * args.group_size     # member of the reference
-        began = time.time()
+        oldest = step * args.prompts_per_step * args.group_size  # member of the reference set
 
         # SAMPLE
+        began = time.time()
         groups = sample_groups(args, setup, step)
         sampled = time.time()
 
         # CREDIT
-        if setup.reference_set:
+        if reference_set:
             groups.rewards[setup.reward.distribution] = dist_reward.price_groups(
-                setup.reference_set.members, groups.set_features, oldest, args.price, args.replace)
+                reference_set.members, groups.set_features, oldest, args.price, args.replace
+            )
         index, advantage = credit(args, weights, groups)
 
         # TRAIN
         set_learning_rate(args, setup.optimizer, iteration)
         metrics = update(args, setup, groups.trajectory, index, advantage, step)
         setup.averages.update(iteration)
-        if setup.reference_set:
+        if reference_set:
             metrics |= renew_reference(args, setup, groups, oldest, step)
 
         # LOG AND SAVE
@@ -540,6 +563,7 @@ def train(args, prompts, eval_prompts, interrupt):
 
 @record
 def main(argv=None):
+    """The command: checks everything, trains, and prints the table of before and after."""
     args = flags.parse_args(Args, __doc__, argv)
     try:
         args, prompts, eval_prompts = check(args, Args())

@@ -1,16 +1,19 @@
-"""Builds assets/tiny, the base model that the default run fine-tunes: a Stable Diffusion 3 in miniature.
+"""Builds assets/tiny, the base that the default run fine-tunes: a small Stable Diffusion 3.
 
-    python experiments/build_tiny.py                       # the Debian package dataset-fashion-mnist
-    python experiments/build_tiny.py --data FOLDER         # or a folder with the four idx files (.gz or not)
-    python experiments/build_tiny.py --report              # the quality of what was built
+    python experiments/build_tiny.py                # the Debian package dataset-fashion-mnist
+    python experiments/build_tiny.py --data FOLDER  # or a folder of the four idx files (.gz or not)
+    python experiments/build_tiny.py --report       # the quality of what was built
 
-What it makes, from the 60,000 training photographs of Fashion-MNIST (28 x 28, grey):
-  transformer/ text_encoder/ tokenizer/ scheduler/   a rectified flow x_t = (1-t) x_0 + t eps in pixel space, v = eps - x_0,
-                                                     conditioned on captions, trained from scratch together with its text encoder
-  reward/ evaluator/                                 two classifiers, trained apart: one rewards, the other only judges
-  prompts.jsonl eval_prompts.jsonl model_index.json  prompts to train on, prompts to judge on, and the pipeline's table of contents
-Left out on purpose: a VAE (28 x 28 pixels need none), augmentation of the generator's data, resuming (it takes less than an hour).
+It is made from the 60,000 training photographs of Fashion-MNIST (28 x 28, grey):
+    transformer/ text_encoder/ tokenizer/ scheduler/    a rectified flow in pixels with captions,
+                                                        x_t = (1 - t) x_0 + t eps, v = eps - x_0
+    reward/ evaluator/                  two classifiers, trained apart: one rewards, one judges
+    prompts.jsonl eval_prompts.jsonl    to train on, and to judge on
+    model_index.json                    diffusers' list of the parts
+Transformer and text encoder are trained together from scratch. Left out: a VAE (28 x 28 pixels need
+none), augmentation of the generator's data, resuming (it takes less than an hour).
 """
+
 import argparse
 import copy
 import json
@@ -24,189 +27,375 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, models as bpe, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import eval as evaluation  # noqa: E402
-from commands import picture_sets
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import bases  # noqa: E402
+import eval as evaluation  # noqa: E402
+from commands import picture_sets  # noqa: E402
 from dist_reward import moments  # noqa: E402
-from rewards.targets import read_idx  # noqa: E402
 from prompting import read_prompts  # noqa: E402
 from rewards.classifier import Classifier, load_classifier  # noqa: E402
+from rewards.metrics import mean_distance  # noqa: E402
+from rewards.targets import read_idx  # noqa: E402
 
-NOUNS = [["t-shirt", "tee", "top"], ["trousers", "pants"], ["pullover", "sweater", "jumper"], ["dress", "gown", "frock"],
-         ["coat", "jacket"], ["sandal", "heel"], ["shirt", "blouse"], ["sneaker", "trainer"], ["bag", "handbag", "purse"],
-         ["boot", "ankle boot"]]                                        # several words for each of the ten classes
-SHADES, WIDTHS = ["dark", "grey", "light"], ["narrow", "", "wide"]      # what else a caption may say, where it is true
+# Several words for each of the ten classes.
+NOUNS = [
+    ["t-shirt", "tee", "top"],
+    ["trousers", "pants"],
+    ["pullover", "sweater", "jumper"],
+    ["dress", "gown", "frock"],
+    ["coat", "jacket"],
+    ["sandal", "heel"],
+    ["shirt", "blouse"],
+    ["sneaker", "trainer"],
+    ["bag", "handbag", "purse"],
+    ["boot", "ankle boot"],
+]
+
+# What else a caption may say, where it is true.
+SHADES = ["dark", "grey", "light"]
+WIDTHS = ["narrow", "", "wide"]
 TEMPLATES = ["{}", "photo of {}", "picture of {}"]
-GUIDANCES = (1.0, 1.25, 1.5, 2.0)                                       # of the report
-TOKENS = 10                                                             # the longest caption, start and end marks included
+
+TOKENS = 10  # the longest caption, start and end marks included
+GUIDANCES = (1.0, 1.25, 1.5, 2.0)  # of the report
+
+# The small transformer, 2.3 M parameters.
+TRANSFORMER = {
+    "sample_size": 28,
+    "patch_size": 7,
+    "in_channels": 1,
+    "out_channels": 1,
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "joint_attention_dim": 64,
+    "caption_projection_dim": 128,
+    "pooled_projection_dim": 64,
+    "pos_embed_max_size": 4,
+    "qk_norm": "rms_norm",
+}
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusion3Pipeline",
+    "_diffusers_version": "0.42.1",
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "vae": [None, None],
+    "text_encoder_2": [None, None],
+    "tokenizer_2": [None, None],
+    "text_encoder_3": [None, None],
+    "tokenizer_3": [None, None],
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The data set and its captions.
 
+
+def read_split(folder, split, kind, rank):
+    """One idx file of the data set as a tensor of bytes. Ends the program if it is missing."""
+    name = f"{split}-{kind}"
+    for path in (Path(folder, f"{name}.gz"), Path(folder, name)):
+        if path.is_file():
+            try:
+                return torch.from_numpy(read_idx(path, rank).copy())
+            except ValueError as error:
+                raise SystemExit(str(error)) from None
+    raise SystemExit(
+        f"{folder}: no {name}[.gz]; install the Debian package dataset-fashion-mnist or pass "
+        "--data FOLDER"
+    )
+
+
 def load_split(folder, split):
-    """-> images float32 [n, 1, 28, 28] in [0, 1], labels int64 [n]; split is 'train' or 't10k'."""
-    found = []
-    for kind, rank in (("images-idx3-ubyte", 3), ("labels-idx1-ubyte", 1)):
-        paths = [p for p in (Path(folder, f"{split}-{kind}.gz"), Path(folder, f"{split}-{kind}")) if p.is_file()]
-        if not paths:
-            raise SystemExit(f"{folder}: no {split}-{kind}[.gz]; install the Debian package dataset-fashion-mnist or pass --data FOLDER")
-        try:
-            found.append(torch.from_numpy(read_idx(paths[0], rank).copy()))
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
-    return found[0][:, None].float() / 255, found[1].long()
+    """-> images float32 [n, 1, 28, 28] in [0, 1], labels int64 [n]; split is train or t10k."""
+    images = read_split(folder, split, "images-idx3-ubyte", rank=3)
+    labels = read_split(folder, split, "labels-idx1-ubyte", rank=1)
+    return images[:, None].float() / 255, labels.long()
+
+
+def thirds(values):
+    """values [n] -> 0, 1 or 2 [n]: in the lowest, middle or highest third."""
+    is_high = values > values.quantile(2 / 3)
+    is_low = values < values.quantile(1 / 3)
+    return 1 + is_high.long() - is_low.long()
 
 
 def attributes(images, labels):
-    """What a caption may say besides the class: shade and width, each 0, 1 or 2 (low, middle, high third).
+    """What a caption may say besides the class -> shade [n], width [n], each 0, 1 or 2.
 
-    The shade is the mean of the pixels that belong to the garment, against all garments; the width is the number of columns that
-    the garment touches, against its own class (a wide boot is narrower than a narrow bag).
+    The shade is the mean of the pixels that belong to the garment, against all garments. The width
+    is the number of columns that the garment touches, against its own class: a wide boot is
+    narrower than a narrow bag.
     """
     garment = images > 0.1
-    shade = (images * garment).sum((1, 2, 3)) / garment.sum((1, 2, 3)).clamp(min=1)
-    width = garment.any(2).sum((1, 2)).float()
-    third = lambda value, among: 1 + (value > among.quantile(2 / 3)).long() - (value < among.quantile(1 / 3)).long()
-    by_class = torch.ones_like(labels)
-    for c in labels.unique():
-        mine = labels == c
-        by_class[mine] = third(width[mine], width[mine])
-    return third(shade, shade), by_class
+    pixels = garment.sum((1, 2, 3)).clamp(min=1)
+    shade = (images * garment).sum((1, 2, 3)) / pixels
+    columns = garment.any(2).sum((1, 2)).float()
+    width = torch.ones_like(labels)
+    for label in labels.unique():
+        is_of_class = labels == label
+        width[is_of_class] = thirds(columns[is_of_class])
+    return thirds(shade), width
 
 
 def noun_phrase(words):
-    plural = words[-1] in ("trousers", "pants")
-    return " ".join(words) if plural else " ".join(["a"] + words)
+    """The words with an article, if the last one is singular."""
+    if words[-1] in ("trousers", "pants"):
+        return " ".join(words)
+    return " ".join(["a", *words])
 
 
 def caption(rng, label, shade, width):
     """One true sentence about a picture; it leaves shade and width out more often than not."""
-    words = [SHADES[shade]] * (rng.random() < 0.4) + [WIDTHS[width]] * (rng.random() < 0.4 and width != 1)
-    return TEMPLATES[rng.integers(len(TEMPLATES))].format(noun_phrase(words + [NOUNS[label][rng.integers(len(NOUNS[label]))]]))
+    words = []
+    if rng.random() < 0.4:
+        words.append(SHADES[shade])
+    if rng.random() < 0.4 and WIDTHS[width]:
+        words.append(WIDTHS[width])
+    template = TEMPLATES[rng.integers(len(TEMPLATES))]
+    nouns = NOUNS[label]
+    words.append(nouns[rng.integers(len(nouns))])
+    return template.format(noun_phrase(words))
 
 
 def all_captions():
     """Every caption that can be written, for the tokenizer."""
-    return [t.format(noun_phrase([w for w in (s, v, n) if w])) for t in TEMPLATES
-            for s in SHADES + [""] for v in WIDTHS for names in NOUNS for n in names]
+    all_nouns = [noun for nouns in NOUNS for noun in nouns]
+    captions = []
+    for template in TEMPLATES:
+        for shade in [*SHADES, ""]:
+            for width in WIDTHS:
+                for noun in all_nouns:
+                    words = [word for word in (shade, width, noun) if word]
+                    captions.append(template.format(noun_phrase(words)))
+    return captions
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pieces of the folder.
+# --------------------------------------------------------------------------------------------------
+# The networks.
+
 
 def build_tokenizer(folder):
-    """A byte-level BPE in CLIP's files in which each word of the captions is one token; any other text still has letters."""
-    tokenizer = Tokenizer(bpe.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(pattern=Regex(r"[a-z]+|[^\sa-z]"), behavior="removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(vocab_size=2000, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  end_of_word_suffix="</w>", continuing_subword_prefix="")
+    """A byte-level BPE in CLIP's files -> CLIPTokenizer.
+
+    Each word of the captions is one token; any other text is spelled.
+    """
+    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    words = pre_tokenizers.Split(pattern=Regex(r"[a-z]+|[^\sa-z]"), behavior="removed", invert=True)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        show_progress=False,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        continuing_subword_prefix="",
+    )
     tokenizer.train_from_iterator(all_captions(), trainer)
     learned = json.loads(tokenizer.to_str())["model"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [tuple(m) for m in learned["merges"]]
-    words = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(words))}
-    made = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
-    made.save_pretrained(folder / "tokenizer")
+    merges = [tuple(pair) for pair in learned["merges"]]
+
+    # In CLIP's order: letters, letters that end a word, merges, marks.
+    tokens = [*letters]
+    tokens += [letter + "</w>" for letter in letters]
+    tokens += ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    clip.save_pretrained(folder / "tokenizer")
     return CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def tokenize(tokenizer, texts):
-    return tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    """Token numbers [B, TOKENS]."""
+    tokens = tokenizer(
+        texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids
 
 
 def new_generator(tokenizer):
-    """-> transformer (2.3 M parameters), text encoder (0.15 M)."""
-    transformer = SD3Transformer2DModel(
-        sample_size=28, patch_size=7, in_channels=1, out_channels=1, num_layers=4, num_attention_heads=4, attention_head_dim=32,
-        joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=4, qk_norm="rms_norm")
-    for name, module in transformer.named_modules():                    # adaLN-zero: every block starts as the identity
-        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
-            torch.nn.init.zeros_(module.weight), torch.nn.init.zeros_(module.bias)
-    encoder = CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, projection_dim=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_factor=1.0))
-    return transformer, encoder
+    """-> ModuleDict of transformer (2.3 M parameters) and text encoder (0.15 M), untrained."""
+    transformer = SD3Transformer2DModel(**TRANSFORMER)
+    # adaLN-zero: every block starts as the identity.
+    modulations = ("norm1.linear", "norm1_context.linear", "norm_out.linear")
+    for name, module in transformer.named_modules():
+        if name.endswith(modulations) or name == "proj_out":
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=1.0,
+    )
+    encoder = CLIPTextModelWithProjection(config)
+    return torch.nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
+
+
+# --------------------------------------------------------------------------------------------------
+# Training.
 
 
 def train_classifier(images, labels, width, seed, epochs, batch=256, peak_lr=8e-3):
-    """A small CNN on slightly shifted, slightly noisy pictures; one cycle of the learning rate. Returns it in eval mode."""
+    """A small CNN, trained on slightly shifted, slightly noisy pictures, in eval mode."""
     torch.manual_seed(seed)
-    model, total = Classifier(width).to(memory_format=torch.channels_last), epochs * len(images) // batch
+    model = Classifier(width).to(memory_format=torch.channels_last)
+    steps = epochs * len(images) // batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total, pct_start=0.1)
-    for step in tqdm(range(total), desc=f"classifier, width {width}", mininterval=5):
-        pick = torch.randint(len(images), (batch,))
-        x = images[pick].roll(torch.randint(-1, 2, (2,)).tolist(), (2, 3))
-        x = x + 0.05 * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 1, 28, 28)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, pct_start=0.1)
+    for _ in tqdm(range(steps), desc=f"classifier, width {width}", mininterval=5):
+        rows = torch.randint(len(images), (batch,))
+        shift = torch.randint(-1, 2, (2,)).tolist()
+        x = images[rows].roll(shift, (2, 3))
+        noise_level = 0.05 * torch.rand(batch, 1, 1, 1)
+        x = x + noise_level * torch.randn(batch, 1, 28, 28)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(x.to(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), labels[pick], label_smoothing=0.02)
-        optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
+        loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return model.to(memory_format=torch.contiguous_format).eval()
 
 
+class CaptionedPictures:
+    """Pictures in [-1, 1], and the tokens of captions that are true of them."""
+
+    def __init__(self, images, labels, tokenizer, seed):
+        self.rng = np.random.default_rng(seed)
+        self.images = images * 2 - 1
+        shades, widths = attributes(images, labels)
+        self.facts = list(zip(labels.tolist(), shades.tolist(), widths.tolist()))
+        captions = [*all_captions(), ""]
+        self.tokens = dict(zip(captions, tokenize(tokenizer, captions)))
+
+    def draw(self, count):
+        """-> pictures [count, 1, 28, 28], tokens [count, TOKENS].
+
+        A tenth of the captions is empty, for guidance.
+        """
+        picked = self.rng.integers(len(self.images), size=count)
+        tokens = []
+        for i in picked:
+            text = ""
+            if self.rng.random() >= 0.1:
+                text = caption(self.rng, *self.facts[i])
+            tokens.append(self.tokens[text])
+        return self.images[picked], torch.stack(tokens)
+
+
+def flow_matching_loss(model, x0, tokens):
+    """Mean squared error of the velocity at random times, more often in the middle."""
+    noise = torch.randn(len(x0), 1, 28, 28)
+    is_logit_normal = torch.rand(len(x0)) < 0.8
+    t = torch.where(is_logit_normal, torch.randn(len(x0)).sigmoid(), torch.rand(len(x0)))
+    column = t[:, None, None, None]
+    x_t = (1 - column) * x0 + column * noise
+    with torch.autocast("cpu", torch.bfloat16):
+        text = model["text_encoder"](tokens)
+        v = model["transformer"](
+            hidden_states=x_t,
+            timestep=1000 * t,
+            encoder_hidden_states=text.last_hidden_state,
+            pooled_projections=text.text_embeds,
+            return_dict=False,
+        )[0]
+    return F.mse_loss(v.float(), noise - x0)
+
+
+def learning_rate(step, steps, peak):
+    """It rises over 100 steps, and falls as a cosine to a fiftieth."""
+    warmup = min(1, (step + 1) / 100)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return peak * warmup * (0.02 + 0.98 * cosine)
+
+
+@torch.no_grad()
+def update_average(average, model, step):
+    """Moves the average towards the weights; the first steps count less and less."""
+    share = max(1 - 0.9995, 1 / (step + 1) ** 0.8)
+    for mean, parameter in zip(average.parameters(), model.parameters()):
+        mean.lerp_(parameter, share)
+
+
 def train_generator(images, labels, tokenizer, steps, seed, early, batch=256, peak_lr=2e-3):
-    """Flow matching with captions; 10 % of them empty, for guidance. Returns the averaged weights, and those after `early` seconds."""
+    """Flow matching -> the averaged weights, and those after `early` seconds (None: not reached).
+
+    Both are a ModuleDict in eval mode.
+    """
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    shades, widths = (a.tolist() for a in attributes(images, labels))
-    classes, images = labels.tolist(), images * 2 - 1
-    tokens = {text: ids for text, ids in zip(all_captions() + [""], tokenize(tokenizer, all_captions() + [""]))}
-    model = torch.nn.ModuleDict(dict(zip(("transformer", "text_encoder"), new_generator(tokenizer))))
-    average, snapshot, start = copy.deepcopy(model), None, time.time()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01)
+    data = CaptionedPictures(images, labels, tokenizer, seed)
+    model = new_generator(tokenizer)
+    average = copy.deepcopy(model)
+    snapshot = None
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01
+    )
+    start = time.time()
     bar = tqdm(range(steps), desc="generator", mininterval=5)
     for step in bar:
-        lr = peak_lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        lr = learning_rate(step, steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        pick = rng.integers(len(images), size=batch)
-        texts = ["" if rng.random() < 0.1 else caption(rng, classes[i], shades[i], widths[i]) for i in pick]
-        x0, noise = images[pick], torch.randn(batch, 1, 28, 28)
-        t = torch.where(torch.rand(batch) < 0.8, torch.randn(batch).sigmoid(), torch.rand(batch))
-        x_t = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
-        with torch.autocast("cpu", torch.bfloat16):
-            text = model["text_encoder"](torch.stack([tokens[s] for s in texts]))
-            v = model["transformer"](hidden_states=x_t, timestep=1000 * t, encoder_hidden_states=text.last_hidden_state,
-                                     pooled_projections=text.text_embeds, return_dict=False)[0]
-        loss = F.mse_loss(v.float(), noise - x0)
-        optimizer.zero_grad(), loss.backward()
+        loss = flow_matching_loss(model, *data.draw(batch))
+        optimizer.zero_grad()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        with torch.no_grad():
-            for a, p in zip(average.parameters(), model.parameters()):
-                a.lerp_(p, max(1 - 0.9995, 1 / (step + 1) ** 0.8))
+        update_average(average, model, step)
         if snapshot is None and time.time() - start > early:
-            snapshot = copy.deepcopy(average)
+            snapshot = copy.deepcopy(average).eval()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}")
-    return average.eval(), snapshot.eval() if snapshot else None
+    return average.eval(), snapshot
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing it all down.
+# --------------------------------------------------------------------------------------------------
+# Writing.
+
+
+def write_json(path, content, indent=None):
+    path.write_text(json.dumps(content, indent=indent) + "\n")
+
 
 def save_classifier(folder, model, images, labels):
-    """Weights, width, and of the real images in its features: mu and sigma (float64, unbiased), and half the mean distance in a class."""
+    """Weights, width, and the moments of the real pictures in its features.
+
+    real.npz is of all pictures, real-1 and real-2 of each half: for the search and the report of
+    merge.py. Each holds mu and sigma (float64, unbiased) and scale, half the mean distance within
+    a class.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"width": model.width}) + "\n")
+    write_json(folder / "config.json", {"width": model.width})
     with torch.inference_mode():
-        features = torch.cat([model.features(x) for x in images.split(1000)])
-    within = [evaluation.mean_distance(features[labels == c][:500]) for c in labels.unique()]
-    for name, part in (("real", features), ("real-1", features[::2]), ("real-2", features[1::2])):        # whole, and halves: search, report
+        features = torch.cat([model.features(part) for part in images.split(1000)])
+    distances = []
+    for label in labels.unique():
+        distances.append(mean_distance(features[labels == label][:500]))
+    scale = np.mean(distances) / 2
+    parts = {"real": features, "real-1": features[::2], "real-2": features[1::2]}
+    for name, part in parts.items():
         mu, sigma = moments(part)
-        np.savez(folder / f"{name}.npz", mu=mu, sigma=sigma, scale=np.mean(within) / 2)
+        np.savez(folder / f"{name}.npz", mu=mu, sigma=sigma, scale=scale)
 
 
 def save_generator(folder, model):
@@ -215,69 +404,129 @@ def save_generator(folder, model):
     model["transformer"].save_pretrained(folder / "transformer")
     model["text_encoder"].save_pretrained(folder / "text_encoder")
     FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({
-        "_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.42.1", "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "text_encoder": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "vae": [None, None], "text_encoder_2": [None, None],
-        "tokenizer_2": [None, None], "text_encoder_3": [None, None], "tokenizer_3": [None, None]}, indent=2) + "\n")
+    write_json(folder / "model_index.json", MODEL_INDEX, indent=2)
 
 
 def write_prompts(folder):
-    """prompts.jsonl: three prompts a class. eval_prompts.jsonl: one a class, in a phrasing that prompts.jsonl lacks."""
-    rows = [(p, c) for c, names in enumerate(NOUNS)
-            for p in ([f"photo of {noun_phrase([n])}" for n in names] + [noun_phrase([n]) for n in names])[:3]]
-    judged = [(f"picture of {noun_phrase([names[0]])}", c) for c, names in enumerate(NOUNS)]
-    for name, lines in (("prompts.jsonl", rows), ("eval_prompts.jsonl", judged)):
-        (folder / name).write_text("".join(json.dumps({"prompt": p, "label": c}) + "\n" for p, c in lines), encoding="utf-8")
+    """prompts.jsonl: three prompts a class. eval_prompts.jsonl: one, phrased as none of these."""
+    prompts = []
+    eval_prompts = []
+    for label, nouns in enumerate(NOUNS):
+        phrases = [noun_phrase([noun]) for noun in nouns]
+        texts = [f"photo of {phrase}" for phrase in phrases] + phrases
+        for text in texts[:3]:
+            prompts.append({"prompt": text, "label": label})
+        eval_prompts.append({"prompt": f"picture of {phrases[0]}", "label": label})
+    for name, rows in (("prompts.jsonl", prompts), ("eval_prompts.jsonl", eval_prompts)):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command.
 
 
 def report(folders, judge, test, test_labels, pictures):
-    """Quality with 20 deterministic steps of fresh pictures at balanced prompts, and, as a floor, of as many real test pictures."""
-    real, evaluator = np.load(judge / "evaluator" / "real.npz"), load_classifier(judge / "evaluator")
-    prompts, each = read_prompts(judge / "eval_prompts.jsonl"), pictures // 10
+    """Prints the quality of fresh pictures, and, as a floor, of as many real test pictures.
 
-    def rows():
-        yield "real test pictures", torch.cat([test[test_labels == p.metadata["label"]][:each] for p in prompts])
-        for folder in folders:
-            model = bases.load(folder, precision="bfloat16")
-            yield from ((f"{folder}, guidance {g}", picture_sets.generate(model, prompts, each, 20, g, seed=0, batch=500)) for g in GUIDANCES)
+    20 deterministic steps at the evaluation prompts, all equally often; `judge` is the folder
+    whose evaluator judges.
+    """
+    real = np.load(judge / "evaluator" / "real.npz")
+    evaluator = load_classifier(judge / "evaluator")
+    prompts = read_prompts(judge / "eval_prompts.jsonl")
+    labels = [prompt.metadata["label"] for prompt in prompts]
+    each = pictures // 10
 
-    for name, images in rows():
-        scores = evaluation.score(images, [p.metadata["label"] for p in prompts], evaluator, real)
-        print(f"{name:40} accuracy {scores['accuracy']:.3f}  Frechet distance {scores['fid']:.3f}  Vendi {scores['vendi']:.1f}", flush=True)
+    def print_scores(name, images):
+        scores = evaluation.score(images, labels, evaluator, real)
+        print(
+            f"{name:40} accuracy {scores['accuracy']:.3f}  Frechet distance {scores['fid']:.3f}  "
+            f"Vendi {scores['vendi']:.1f}",
+            flush=True,
+        )
+
+    real_pictures = [test[test_labels == label][:each] for label in labels]
+    print_scores("real test pictures", torch.cat(real_pictures))
+    for folder in folders:
+        model = bases.load(folder, precision="bfloat16")
+        for guidance in GUIDANCES:
+            images = picture_sets.generate(model, prompts, each, 20, guidance, seed=0, batch=500)
+            print_scores(f"{folder}, guidance {guidance}", images)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder with the four idx files")
-    parser.add_argument("--out", default="assets/tiny", help="folder to write")
-    parser.add_argument("--steps", type=int, default=7000, help="optimizer steps of the generator, 256 pictures each")
-    parser.add_argument("--classifier_epochs", type=int, default=14, help="passes over the data for each classifier")
-    parser.add_argument("--early", default=None, help="also write the generator as it was after its first 300 seconds to this folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report", action="store_true", help="build nothing; print the quality of --out, and of --early if given")
-    parser.add_argument("--pictures", type=int, default=5000, help="pictures of the report")
-    args = parser.parse_args()
-    out, (images, labels), (test, test_labels) = Path(args.out), load_split(args.data, "train"), load_split(args.data, "t10k")
-    folders = [f for f in (args.early, out) if f]
-    if args.report:
-        return report(folders, out, test, test_labels, args.pictures)
-    out.mkdir(parents=True, exist_ok=True)
+def build(args, out):
+    """Builds everything and says how good the classifiers are."""
+    images, labels = load_split(args.data, "train")
+    test, test_labels = load_split(args.data, "t10k")
     start = time.time()
+    out.mkdir(parents=True, exist_ok=True)
     write_prompts(out)
     tokenizer = build_tokenizer(out)
     average, snapshot = train_generator(images, labels, tokenizer, args.steps, args.seed, early=300)
     save_generator(out, average)
     if args.early and snapshot:
-        save_generator(Path(args.early), snapshot)
-        tokenizer.save_pretrained(Path(args.early) / "tokenizer")
+        early = Path(args.early)
+        save_generator(early, snapshot)
+        tokenizer.save_pretrained(early / "tokenizer")
+
     for name, width, seed in (("reward", 16, 1), ("evaluator", 32, 2)):
-        model = train_classifier(images, labels, width, args.seed * 100 + seed, args.classifier_epochs)
+        seed = args.seed * 100 + seed
+        model = train_classifier(images, labels, width, seed, args.classifier_epochs)
         save_classifier(out / name, model, images, labels)
         with torch.inference_mode():
-            right = torch.cat([model(x).argmax(1) for x in test.split(1000)]) == test_labels
-        print(f"{name}: accuracy on the 10,000 test pictures {right.float().mean():.4f}")
-    print(f"{out}: built in {(time.time() - start) / 60:.1f} minutes; --report prints its quality")
+            answers = torch.cat([model(part).argmax(1) for part in test.split(1000)])
+        accuracy = (answers == test_labels).float().mean()
+        print(f"{name}: accuracy on the 10,000 test pictures {accuracy:.4f}")
+    minutes = (time.time() - start) / 60
+    print(f"{out}: built in {minutes:.1f} minutes; --report prints its quality")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--data",
+        default="/usr/share/datasets/fashion-mnist",
+        help="folder with the four idx files",
+    )
+    parser.add_argument("--out", default="assets/tiny", help="folder to write")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=7000,
+        help="optimizer steps of the generator, 256 pictures each",
+    )
+    parser.add_argument(
+        "--classifier_epochs",
+        type=int,
+        default=14,
+        help="passes over the data for each classifier",
+    )
+    parser.add_argument(
+        "--early",
+        default=None,
+        help="also write the generator as it was after its first 300 seconds to this folder",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="build nothing; print the quality of --out, and of --early if given",
+    )
+    parser.add_argument("--pictures", type=int, default=5000, help="pictures of the report")
+    args = parser.parse_args()
+
+    out = Path(args.out)
+    if args.report:
+        folders = [args.early, out] if args.early else [out]
+        test, test_labels = load_split(args.data, "t10k")
+        report(folders, out, test, test_labels, args.pictures)
+    else:
+        build(args, out)
 
 
 if __name__ == "__main__":

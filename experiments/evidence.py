@@ -1,12 +1,15 @@
-"""The README's results: DRIFT, each of its parts alone, the FID beside the reward, and other protections against plain GRPO, on assets/tiny.
+"""Part of docs/results.md: DRIFT, its parts alone, the FID as a reward, and their rivals.
 
-    python experiments/evidence.py                      # runs what is missing (each run resumes), then prints the tables and draws
-    python experiments/evidence.py --reward margin      # the same under a reward with a heavy upper tail, and fewer methods and seeds
-    python experiments/evidence.py --report             # only the tables and the figures, from the runs that are there
+    python experiments/evidence.py                   # runs what is missing, then the report
+    python experiments/evidence.py --reward margin   # a reward without a ceiling; fewer runs
+    python experiments/evidence.py --report          # only the report, from the runs there are
 
-Two runs of one thread each at a time, in bfloat16 on a CPU that multiplies matrices faster in it, else in float32. The table and the figure are those of
-`eval.py compare`; what they hold is said in compare.py.
+Every run fine-tunes assets/tiny. Two runs of one thread each go on at a time, in the precision in
+which this CPU multiplies matrices faster; the same command resumes. The report is a table and a
+figure, as `eval.py compare` makes them (commands/compare.py explains the columns), and a grid of
+pictures.
 """
+
 import argparse
 import os
 import subprocess
@@ -20,75 +23,161 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 from commands import compare  # noqa: E402
-from support import flags
-from commands.compare import draw, front, gain_at_equal_alignment, gain_at_equal_diversity, load, spread  # noqa: E402, F401
 
-OFF = {"select": "all", "prompt_noise": 0, "diversity": 0}
+# distribution.py and merging.py import these from here.
+from commands.compare import draw, load, spread  # noqa: E402, F401
+
+CPU = torch.device("cpu")
 COMMON = {"save_every": 60, "snapshot_every": 0}
+PLAIN = {"drift": "off"}
+
+# Flags of each run. `fid` is no flag but the weight of the FID beside the reward. Both lines are
+# (iii) and the FID.
 METHODS = {
-    "plain GRPO": {"drift": "off"},
-    "plain GRPO, as long as both lines": {"drift": "off", "iterations": 100, "ema": 0.8},
-    "KL 0.03": {"drift": "off", "kl": 0.03},
-    "KL 0.1": {"drift": "off", "kl": 0.1},
-    "KL 0.3": {"drift": "off", "kl": 0.3},
-    "GARDO": {"drift": "off", "gardo": True},
-    "spread, the opposite of (i)": OFF | {"select": "spread", "keep": 12},
-    "DRIFT (i) subset": OFF | {"select": "window"},
-    "DRIFT (ii) prompt noise": {k: v for k, v in OFF.items() if k != "prompt_noise"},
-    "DRIFT (iii) shaping": {k: v for k, v in OFF.items() if k != "diversity"},
+    "plain GRPO": PLAIN,
+    "plain GRPO, as long as both lines": {**PLAIN, "iterations": 100, "ema": 0.8},
+    "KL 0.03": {**PLAIN, "kl": 0.03},
+    "KL 0.1": {**PLAIN, "kl": 0.1},
+    "KL 0.3": {**PLAIN, "kl": 0.3},
+    "GARDO": {**PLAIN, "gardo": True},
+    "spread, the opposite of (i)": {
+        "select": "spread",
+        "prompt_noise": 0,
+        "diversity": 0,
+        "keep": 12,
+    },
+    "DRIFT (i) subset": {"select": "window", "prompt_noise": 0, "diversity": 0},
+    "DRIFT (ii) prompt noise": {"select": "all", "diversity": 0},
+    "DRIFT (iii) shaping": {"select": "all", "prompt_noise": 0},
     "DRIFT (ii) and (iii), the default": {},
     "DRIFT, all three": {"select": "window"},
-    "FID beside the reward": {"drift": "off", "fid": 0.3},
-    "both lines": {"prompt_noise": 0, "fid": 0.3, "iterations": 100, "ema": 0.8},   # (iii) and the FID
+    "FID beside the reward": {**PLAIN, "fid": 0.3},
+    "both lines": {"prompt_noise": 0, "fid": 0.3, "iterations": 100, "ema": 0.8},
 }
-DRAWN = ("plain GRPO", "KL 0.1", "GARDO", "DRIFT (i) subset", "DRIFT (iii) shaping", "DRIFT (ii) and (iii), the default", "FID beside the reward", "both lines")
-SECOND = {**dict.fromkeys(DRAWN), "spread, the opposite of (i)": None}   # the methods that are tried on a second reward
+
+# The methods in the figure.
+DRAWN = (
+    "plain GRPO",
+    "KL 0.1",
+    "GARDO",
+    "DRIFT (i) subset",
+    "DRIFT (iii) shaping",
+    "DRIFT (ii) and (iii), the default",
+    "FID beside the reward",
+    "both lines",
+)
+
+# The methods that are tried on a second reward.
+SECOND = (*DRAWN, "spread, the opposite of (i)")
+
+# The sheets in the grid of pictures, after the base model: (method, title).
+SHEETS = (
+    ("plain GRPO", "plain GRPO"),
+    ("DRIFT (ii) and (iii), the default", "DRIFT (ii) and (iii)"),
+    ("both lines", "both lines"),
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs.
 
 
 def matrix_rate(device, precision):
-    """Multiplications and additions a second of the product of two square matrices, the best of ten."""
+    """Multiplications and additions a second in a product of two square matrices, best of ten."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=getattr(torch, precision))
-
-    def seconds():
+    seconds = []
+    for _ in range(10):
         start = time.perf_counter()
-        (a @ a)[0, 0].item()                                             # a GPU is waited for
-        return time.perf_counter() - start
-    return 2 * side**3 / min(seconds() for _ in range(10))
+        product = a @ a
+        product[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
 
 
-def faster_precision(device=torch.device("cpu")):
-    """float32 or bfloat16: a CPU without matrix instructions (AMX) takes longer in bfloat16. In either the first ratio is 1."""
-    return max(("float32", "bfloat16"), key=lambda precision: matrix_rate(device, precision))
+def faster_precision(device=CPU):
+    """float32 or bfloat16: a CPU without matrix instructions (AMX) is slower in bfloat16.
+
+    The first ratio is 1 in both.
+    """
+    if matrix_rate(device, "bfloat16") > matrix_rate(device, "float32"):
+        return "bfloat16"
+    return "float32"
 
 
 def command_line(flags):
-    spelled = lambda k, v: [f"--{k}" if v else f"--no-{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]
-    return [word for k, v in flags.items() for word in spelled(k, v)]
+    """{name: value} -> the words of a command line. A truth value is --name or --no-name."""
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is False:
+            words.append(f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
 
 
 def flags_of(name, reward, seed):
-    """The flags of one run; `fid` is the weight of the FID beside the reward."""
-    flags = METHODS[name]
-    return COMMON | {k: v for k, v in flags.items() if k != "fid"} | {"reward": f"{reward}:1" + f",fid:{flags.get('fid')}" * ("fid" in flags), "seed": seed}
+    """All flags of one run of a method -> {name: value}."""
+    flags = COMMON | METHODS[name]
+    fid_weight = flags.pop("fid", None)
+    flags["reward"] = f"{reward}:1"
+    if fid_weight is not None:
+        flags["reward"] += f",fid:{fid_weight}"
+    flags["seed"] = seed
+    return flags
 
 
 def run(job):
+    """Trains as `job` says, (run folder, flags, threads), unless that is done already.
+
+    What train.py prints goes to FOLDER.log.
+    """
     folder, flags, threads = job
     if (folder / "model").is_dir() and (folder / "metrics.jsonl").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "train.py", "--out", str(folder), *command_line(flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(f"{folder}.log", "w") as log:
-        if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode:
-            raise SystemExit(f"failed: {' '.join(command)}; see {folder}.log")
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+    if done.returncode:
+        raise SystemExit(f"failed: {' '.join(command)}; see {folder}.log")
     print("done:", folder, flush=True)
 
 
+def train_missing(out, methods, reward, seeds):
+    """Makes the runs that do not exist yet, two at a time."""
+    precision = faster_precision()
+    jobs = []
+    for seed in seeds:
+        for name in methods:
+            flags = flags_of(name, reward, seed)
+            flags["precision"] = precision
+            jobs.append((out / f"{name}-{seed}", flags, 1))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, jobs))
+
+
+# --------------------------------------------------------------------------------------------------
+# The report.
+
+
+def finished_runs(out, methods, seeds):
+    """The runs that were trained to the end -> {method: {seed: evaluations}}."""
+    runs = {}
+    for name in methods:
+        for seed in seeds:
+            folder = out / f"{name}-{seed}"
+            if (folder / "model").is_dir():
+                runs.setdefault(name, {})[seed] = load(folder)
+    return runs
+
+
 def table(out, methods, seeds):
-    """Prints the markdown table of the finished runs and returns them, {method: {seed: evaluations}}."""
-    finished = lambda name: {seed: load(out / f"{name}-{seed}") for seed in seeds if (out / f"{name}-{seed}" / "model").is_dir()}
-    runs = {name: found for name in methods if (found := finished(name))}
+    """Prints the finished runs in markdown -> {method: {seed: evaluations}}."""
+    runs = finished_runs(out, methods, seeds)
     if not runs:
         raise SystemExit(f"{out}: no finished run; python experiments/evidence.py makes them")
     print(compare.table(runs))
@@ -96,32 +185,60 @@ def table(out, methods, seeds):
 
 
 def draw_grids(out, path, seed=0):
-    """The same noise through the base model, after plain GRPO, after DRIFT, and with the FID beside it; one row a prompt."""
-    sheets = {name: sorted((out / f"{name}-{seed}" / "grids").glob("*.png")) for name in ("plain GRPO", "DRIFT (ii) and (iii), the default", "both lines")}
-    if all(sheets.values()):
-        plain, drift, both = sheets.values()
-        compare.draw_grids({"base model": plain[0], "plain GRPO": plain[-1], "DRIFT (ii) and (iii)": drift[-1], "both lines": both[-1]}, path)
+    """Pictures of the base model and after three of the runs, from the same noise.
+
+    Draws nothing while one of the runs is missing.
+    """
+    sheets = {}
+    for name, title in SHEETS:
+        evaluations = sorted((out / f"{name}-{seed}" / "grids").glob("*.png"))
+        if not evaluations:
+            return
+        sheets.setdefault("base model", evaluations[0])
+        sheets[title] = evaluations[-1]
+    compare.draw_grids(sheets, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out", default="", help="folder for the runs (default: runs/evidence, with -REWARD for another reward)")
-    parser.add_argument("--reward", default="class", choices=["class", "margin"], help="the alignment reward")
-    parser.add_argument("--seeds", type=int, default=0, help="seeds of each method, from 0 (default: 5, and 3 of another reward)")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--out",
+        default="",
+        help="folder for the runs (default: runs/evidence, with -REWARD for another reward)",
+    )
+    parser.add_argument(
+        "--reward", default="class", choices=["class", "margin"], help="the alignment reward"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=0,
+        help="seeds of each method, from 0 (default: 5, and 3 of another reward)",
+    )
     parser.add_argument("--report", action="store_true", help="only print and draw what is there")
     args = parser.parse_args()
-    first = args.reward == "class"
-    suffix, methods, seeds = ("", METHODS, range(args.seeds or 5)) if first else (f"-{args.reward}", SECOND, range(args.seeds or 3))
-    out = ROOT / (args.out or "runs/evidence" + suffix)
+
+    if args.reward == "class":
+        suffix = ""
+        methods = METHODS
+        seeds = range(args.seeds or 5)
+    else:
+        suffix = f"-{args.reward}"
+        methods = SECOND
+        seeds = range(args.seeds or 3)
+    out = ROOT / (args.out or f"runs/evidence{suffix}")
+
     if not args.report:
-        precision = {"precision": faster_precision()}
-        jobs = [(out / f"{name}-{seed}", flags_of(name, args.reward, seed) | precision, 1) for seed in seeds for name in methods]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(run, jobs))
+        train_missing(out, methods, args.reward, seeds)
     runs = table(out, methods, seeds)
-    draw({name: runs[name] for name in DRAWN if name in runs}, ROOT / "experiments" / f"evidence{suffix}.png")
-    if first:
-        draw_grids(out, ROOT / "experiments" / "grids.png")
+    drawn = {name: runs[name] for name in DRAWN if name in runs}
+    draw(drawn, ROOT / "docs" / f"evidence{suffix}.png")
+    if args.reward == "class":
+        draw_grids(out, ROOT / "docs" / "grids.png")
 
 
 if __name__ == "__main__":
