@@ -161,7 +161,8 @@ def test_only_the_classifiers_rewards_need_labels():
 def test_a_label_that_is_no_class_is_named_by_its_line():
     good = [Prompt("a", {"label": 0}), Prompt("b", {"label": 9})]
     rewards.check_labels(good, "p.jsonl")
-    for metadata in ({}, {"label": 10}, {"label": -1}, {"label": "3"}, {"label": True}):
+    wrong = [{}] + [{"label": label} for label in (10, -1, "3", 1.0, True, None)]
+    for metadata in wrong:
         prompts = [*good, Prompt("c", metadata)]
         with pytest.raises(ValueError, match="p.jsonl:3: .*label"):
             rewards.check_labels(prompts, "p.jsonl")
