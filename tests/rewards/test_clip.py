@@ -260,7 +260,6 @@ def edit_processor(folder, **changes):
 
 DAMAGE = {
     "no folder": (shutil.rmtree, ""),
-    "half a config": (lambda folder: (folder / "config.json").write_text("{"), ""),
     "another network": (
         lambda folder: edit_json(folder / "config.json", model_type="dinov2"),
         "dinov2",
