@@ -1,10 +1,14 @@
-"""What is wrong with a command line is said in one line, before anything is loaded or written."""
+"""What is wrong with a command line is said in one line, before anything is loaded or written.
+
+What check_merge and check_eval say is also in test_merge.py and test_eval.py.
+"""
 
 import dataclasses
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ import merge
 import rewards
 import train
 from commands import checks, training
+from rewards import targets
 from support import flags
 
 # --------------------------------------------------------------------------------------------------
@@ -62,6 +67,7 @@ REFUSED = {
     "--window 2:2": "--window 2:2: must hold a step",
     "--window 3": "--window 3: write first:end, as in 0:4",
     "--updates 5": "--updates 5: does not divide the 12 (rollout, step) pairs",
+    "--ema 1": "--ema 1.0: must be a finite number from 0 to 0.9999",
     "--tau1 0.8 --tau2 0.8": "--tau1 0.8: must be below --tau2 0.8",
     "--eval_images 25": "--eval_images 25: must be a multiple of the 10 prompts of",
     "--eval_images 10": "two each at least",
@@ -80,16 +86,21 @@ REFUSED = {
     "--reward fid --features json:loads": "--features json:loads: needs --target",
     "--reward fid --target {tmp}/none.npz": "none.npz",
     "--diversity_features nothing": "--diversity_features nothing",
-    "--model {tmp}/nowhere": "--model",
+    "--model {tmp}/nowhere": "/nowhere: no such folder",
     "--prompts {tmp}/none.jsonl": "none.jsonl: No such file",
     "--eval_prompts {tmp}/none.txt": "none.txt: No such file",
-    "--shard": "--shard: one process has nobody to share with",
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_a_mistake_is_one_line_with_the_value(refused, words):
     refused(words, REFUSED[words])
+
+
+def test_sizes_may_just_fit(check):
+    check("--keep 4 --nearest 3 --window 0:3")
+    check("--reward fid --reference 8 --price exact --replace 2")
+    check("--drift off --select all --prompt_noise 0")
 
 
 def test_a_right_command_line_is_accepted_and_completed(check, tiny):
@@ -101,20 +112,29 @@ def test_a_right_command_line_is_accepted_and_completed(check, tiny):
     assert (args.select, args.prompt_noise, args.diversity, args.keep) == ("all", 0, 0, 4)
 
 
-@pytest.mark.parametrize("name", checks.NEEDS)
-def test_a_flag_whose_mechanism_is_off_means_nothing(refused, name):
-    other = {
-        "tau1": "--tau1 0.5",
-        "tau2": "--tau2 1.0",
-        "psi": "--psi 0.5",
-        "success": "--no-success",
-        "gamma": "--gamma 0.9",
-        "terminal": "--terminal zero",
-    }[name]
-    switch = checks.NEEDS[name]
-    refused(f"{other} --{switch} 0", f"{other}: means nothing where --{switch} is 0")
-    why = f"{other}: means nothing where --{switch} is 0, as --drift off sets it"
-    refused(f"{other} --drift off --select all --keep 4", why)
+# Another value of each flag that needs a mechanism, and what switches that on.
+IDLE = {
+    "tau1": ("--tau1 0.5", "prompt_noise"),
+    "tau2": ("--tau2 1.0", "prompt_noise"),
+    "psi": ("--psi 0.5", "prompt_noise"),
+    "success": ("--no-success", "diversity"),
+    "gamma": ("--gamma 0.9", "diversity"),
+    "terminal": ("--terminal zero", "diversity"),
+}
+
+
+def test_all_flags_that_need_a_mechanism_are_tested():
+    assert checks.NEEDS.keys() == IDLE.keys()
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_a_flag_whose_mechanism_is_off_means_nothing(check, refused, name):
+    given, switch = IDLE[name]
+    message = f"{given}: means nothing where --{switch} is 0"
+    check(given)
+    check(f"--{switch} 0")
+    refused(f"{given} --{switch} 0", message)
+    refused(f"{given} --drift off --select all --keep 4", f"{message}, as --drift off sets it")
 
 
 TABLES = [
@@ -124,21 +144,38 @@ TABLES = [
 ]
 
 
+def just_beyond(low, high, kind):
+    """Numbers outside the limits, as near as their type allows, and such as are not finite."""
+    numbers = [math.nan, math.inf, -math.inf, 10**400, -(10**400)]
+    if kind is int:
+        numbers.append(low - 1)
+    else:
+        numbers.append(np.nextafter(low, -math.inf))
+    if high < math.inf:
+        numbers.append(high + 1 if kind is int else np.nextafter(high, math.inf))
+    return numbers
+
+
 @pytest.mark.parametrize("limits, Args", TABLES, ids=["train", "merge", "eval"])
-def test_every_number_has_limits_and_none_leaves_them(limits, Args):
-    fields = {field.name: field for field in dataclasses.fields(Args)}
-    numbers = {name for name, field in fields.items() if field.type in (int, float)}
-    assert numbers == set(limits)
-    values = {}
-    for name, field in fields.items():
-        is_required = field.default is dataclasses.MISSING
-        values[name] = [] if is_required else field.default
+def test_every_number_of_a_command_has_limits_and_stays_within_them(limits, Args):
+    kinds = {}
+    for field in dataclasses.fields(Args):
+        if field.type in (int, float):
+            kinds[field.name] = field.type
+    assert kinds.keys() == limits.keys()
     for name, (low, high) in limits.items():
-        for value in (low - 1, high + 1, math.nan, math.inf, -math.inf):
-            args = Args(**(values | {name: value}))
-            rest = {other: limits[other] for other in limits if other == name}
-            with pytest.raises(ValueError, match=f"--{name} .*must be a finite number from"):
-                checks.check_limits(args, rest)
+        only = {name: (low, high)}
+        for value in (low, min(high, 2**62)):
+            checks.check_limits(SimpleNamespace(**{name: value}), only)
+        for value in just_beyond(low, high, kinds[name]):
+            with pytest.raises(ValueError, match=f"^--{name} .*: must be a finite number from"):
+                checks.check_limits(SimpleNamespace(**{name: value}), only)
+
+
+def test_the_defaults_are_within_the_limits():
+    checks.check_limits(train.Args(), checks.LIMITS)
+    checks.check_limits(merge.Args("rl", []), checks.MERGE_LIMITS)
+    checks.check_limits(evaluation.Args("score", []), checks.EVAL_LIMITS)
 
 
 def test_a_seed_is_one_that_torch_takes():
@@ -149,6 +186,7 @@ def test_a_seed_is_one_that_torch_takes():
 
 def test_a_number_that_no_float_holds(refused):
     refused(f"--seed {10**400}", "--seed 1000", "must be a finite number")
+    refused(f"--iterations {10**400}", "--iterations 1000", "must be a finite number")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -164,7 +202,10 @@ def test_prompts_without_the_label_that_the_reward_needs(refused, tmp_path, flag
     refused(f"{flag} {{tmp}}/prompts.jsonl", f"{tmp_path / 'prompts.jsonl'}:2")
 
 
-# What happens to a file of the model folder, and what the line names.
+# --------------------------------------------------------------------------------------------------
+# The model folder and its files.
+
+# A file that is missing, and what the line names.
 DAMAGED = {
     "model_index.json": "model_index.json",
     "transformer/diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.safetensors",
@@ -196,6 +237,49 @@ def test_where_the_evaluator_rewards_the_reward_classifier_must_judge(refused, t
     refused(words, "real.npz", model=tmp_path / "model")
 
 
+def test_feature_networks_that_the_model_folder_lacks(check, refused, tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    shutil.rmtree(model / "evaluator")
+    words = "--diversity_features evaluator"
+    message = f"{words}: {model} holds no such network; give another, as in"
+    refused(words, message, model=model)
+    check(model=model)  # the rewards judge
+    words = "--reward fid --reference 24 --features evaluator"
+    refused(words, f"--features evaluator: {model} holds no such network", model=model)
+
+
+def stable_diffusion(folder):
+    """As much of a Stable Diffusion 1 folder as check_sampling reads."""
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": 50}')
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    return folder
+
+
+def test_the_schedule_has_as_many_steps_as_are_asked_for(tmp_path):
+    model = stable_diffusion(tmp_path)
+    checks.check_sampling(model, steps=49, eval_steps=20)
+    with pytest.raises(ValueError, match="^--eval_steps 50: .*; take fewer$"):
+        checks.check_sampling(model, steps=49, eval_steps=50)
+
+
+def test_the_kernel_of_flows_is_for_flows(tiny, tmp_path):
+    checks.check_sampling(tiny, "flow-grpo", steps=4)
+    checks.check_sampling("sit:net.safetensors", "flow-grpo", steps=4)
+    for model in (stable_diffusion(tmp_path), "edm2:net.safetensors"):
+        with pytest.raises(ValueError, match=f"^--kernel flow-grpo: .* {model} is none; take"):
+            checks.check_sampling(model, "flow-grpo", steps=4)
+
+
+def test_a_guide_must_have_work():
+    guided = train.Args(model="edm2:net.pkl,guide.pkl", guidance=1.0)
+    with pytest.raises(ValueError, match="--guidance 1: .*guide.pkl.*--model edm2:net.pkl alone"):
+        checks.check_guide(guided)
+    checks.check_guide(dataclasses.replace(guided, guidance=2.0))
+    checks.check_guide(dataclasses.replace(guided, model="edm2:net.pkl"))
+
+
 # --------------------------------------------------------------------------------------------------
 # The run folder.
 
@@ -208,6 +292,9 @@ def test_a_run_folder_of_another_configuration(check, refused, tmp_path, words):
     (out / "config.json").write_text(json.dumps(vars(args)))
     refused(words, out, words.split()[0], out=out)
     check(out=out)  # the same configuration goes on
+    check("--dry_run", out=out)
+    out.rename(tmp_path / "moved")
+    check(out=tmp_path / "moved")
 
 
 def test_a_run_folder_that_cannot_be_used(refused, tmp_path):
@@ -247,7 +334,9 @@ def test_a_run_may_lie_beside_the_file_of_a_network_but_not_in_what_is_copied(
 
 def test_more_processes_than_rollouts(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "9")
-    refused("", "--nproc_per_node 9: an iteration has only 8 rollouts")
+    message = "--nproc_per_node 9: an iteration has only 8 rollouts"
+    refused("", message)
+    refused("--model nowhere", message)  # before a base is fetched
 
 
 def test_compiled_sizes_that_would_change_with_every_iteration(check, refused, monkeypatch):
@@ -273,6 +362,15 @@ def test_shard_needs_equal_work(refused, monkeypatch, words):
     refused(f"--shard {words}", SHARDED[words])
 
 
+def test_shard_needs_several_processes_and_weights_that_can_be_dealt(check, refused, monkeypatch):
+    refused("--shard", "--shard: one process has nobody to share with")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args, *_ = check("--shard")
+    edm2 = dataclasses.replace(args, model="edm2:net.safetensors")
+    with pytest.raises(ValueError, match="--shard: .*edm2:net.safetensors has some"):
+        checks.check_shard(edm2, processes=2)
+
+
 # --------------------------------------------------------------------------------------------------
 # The plan.
 
@@ -293,19 +391,12 @@ def test_the_plan_names_the_sizes(check):
 MERGE_REFUSED = {
     "average --out {tmp}": "exists; choose another",
     "average": "--out: name the folder to write",
-    "average --out {out} --updates 3": "--updates: means nothing to merge.py average",
-    "average --out {out} --coefficients 0.5": "1 numbers for 2 checkpoints",
-    "average --out {out} --coefficients 1,1": "sum to 2; they must sum to 1",
-    "average --out {out} --coefficients 1,x": "--coefficients 1,x: write numbers with commas",
-    "average --out {out} --coefficients nan,1": "--coefficients nan,1",
+    "average --out {out} --device cpu": "--device: means nothing to merge.py average",
+    "average --out {out} --coefficients nan,1": "--coefficients nan,1: sum to nan; they must sum",
     "ema --out {out}": "ema: needs two or more averages",
-    "ema --out {out} --sigma_rel 0.3": "--sigma_rel 0.3: each must be between 0 and 0.288",
-    "rl --out {out} --group_size 3": "--group_size 3: must be even",
+    "rl --out {out} --coefficients 1,0": "--coefficients: means nothing to merge.py rl",
     "rl --out {out} --images 31": "--images 31: must be a multiple of the 30 prompts",
-    "rl --out {out} --images 90 --reference 60": "--images 90: is more than --reference 60",
-    "rl --out {out} --report_images 15": "--report_images 15: must be a multiple of the 10",
-    "rl --out {out} --target {tmp}/none": "none",
-    "rl --out {out} --reward beauty": "beauty",
+    "rl --out {out} --guidance nan": "--guidance nan: must be a finite number",
 }
 
 
@@ -329,15 +420,11 @@ def test_a_mistake_of_a_merge_is_one_line(two_models, tmp_path, words):
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize(
-    "command, count, words",
-    [("ema", 1, "one checkpoint is nothing to merge"), ("average", 3, "is given twice")],
-)
-def test_checkpoints_that_are_too_few_or_given_twice(two_models, tmp_path, command, count, words):
-    paths = [*two_models, two_models[0]][:count]
-    args = merge.Args(command, paths, out=str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=words):
-        checks.check_merge(args, merge.Args(command, paths))
+def test_a_merge_within_its_base(two_models):
+    out = str(Path(two_models[0]) / "merged")
+    args = merge.Args("average", two_models, out=out)
+    with pytest.raises(ValueError, match="merged: lies in"):
+        checks.check_merge(args, merge.Args("average", two_models))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,15 +432,9 @@ def test_checkpoints_that_are_too_few_or_given_twice(two_models, tmp_path, comma
 
 
 EVAL_REFUSED = {
-    "images {tiny}": "--out: name the folder or the .npz to write",
-    "images {tiny} {tiny} --out {tmp}/new": "eval.py images takes 1 at most",
-    "images {tiny} --out {tmp}/file/new": "is a file; choose another --out",
-    "images {tiny} --out {tmp}/file": "exists, and no config.json says how it was made",
-    "images {tiny} --out {tmp}/new --n 15": "--n 15",
     "images {tiny} --out {tmp}/new --labels a": "--labels: means nothing to eval.py images",
     "score {tiny} --n 50 --out {tmp}/table.txt": "must end in .json",
-    "score {tiny} --n 50 --reward fid": "--reward fid: fid and kid come with --target",
-    "score {tmp}/pictures --steps 3": "--steps: means nothing to pictures that are there",
+    "score {tiny} --resamples 9": "--resamples 9: must be a finite number from 10",
     "score {tmp}/pictures --reward class": "needs to know what was asked for; give --prompts",
     "score {tmp}/pictures {tiny}": "compare equal ones; --n 12",
     "grid {tiny} --out {tmp}/grid.jpg": "must end in .png",
@@ -363,7 +444,6 @@ EVAL_REFUSED = {
 
 @pytest.mark.parametrize("words", EVAL_REFUSED)
 def test_a_mistake_of_an_evaluation_is_one_line(tiny, tmp_path, words):
-    (tmp_path / "file").write_text("text")
     (tmp_path / "pictures").mkdir()
     image = np.random.default_rng(0).integers(0, 255, (28, 28), dtype=np.uint8)
     for number in range(12):
@@ -377,24 +457,40 @@ def test_a_mistake_of_an_evaluation_is_one_line(tiny, tmp_path, words):
     assert contents(tmp_path) == before
 
 
+def test_a_score_in_other_features_needs_no_moments_of_the_evaluator(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "evaluator" / "real.npz").unlink()
+    args = evaluation.Args("score", [str(model)], features="reward")
+    checks.check_eval(args, evaluation.Args("score", [str(model)]))
+    (model / "evaluator" / "model.safetensors").unlink()  # the alignment does need the network
+    with pytest.raises(ValueError, match="evaluator: not a classifier folder"):
+        checks.check_eval(args, evaluation.Args("score", [str(model)]))
+
+
 # --------------------------------------------------------------------------------------------------
 # Through the commands.
 
 
-@pytest.mark.run
-def test_a_refusal_loads_nothing_and_writes_nothing(tiny, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("words", [["--keep", "1"], ["--eval_images", "25"]], ids=" ".join)
+def test_a_refusal_loads_nothing_and_writes_nothing(tiny, tmp_path, capfd, monkeypatch, words):
+    """Whether it is the first check that fails or one of the last."""
+
     def fail(*args, **kwargs):
         pytest.fail("weights were loaded")
 
     monkeypatch.setattr(bases, "load", fail)
     monkeypatch.setattr(rewards.Reward, "__init__", fail)
     monkeypatch.setattr(training, "load_features", fail)
+    monkeypatch.setattr(targets, "load_features", fail)
+    monkeypatch.setattr(evaluation.Judge, "__init__", fail)
     with pytest.raises(SystemExit) as stopped:
-        launch(small(tiny, tmp_path / "run", "--keep", 1))
+        launch(small(tiny, tmp_path / "run", *words))
     out, error = capfd.readouterr()
     assert stopped.value.code == 2
     assert out == ""
-    assert error == "error: --keep 1: must be a finite number from 2 to inf\n"
+    assert error.startswith(f"error: {' '.join(words)}: must be")
+    assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -429,11 +525,3 @@ def test_as_a_command(tiny, tmp_path):
     assert code == 2 and out == ""
     assert error == "error: --keep 1: must be a finite number from 2 to inf\n"
     assert not (tmp_path / "run").exists()
-
-
-def test_a_merge_within_its_base(two_models, tmp_path, capfd):
-    out = Path(two_models[0]) / "merged"
-    with pytest.raises(SystemExit) as stopped:
-        merge.main(["average", two_models[0], "--out", str(out)])
-    assert stopped.value.code == 2 and not out.exists()
-    assert "merged: lies in" in capfd.readouterr().err
