@@ -557,8 +557,7 @@ def train(args, prompts, eval_prompts, interrupt):
         run.log(iteration, metrics)
         run.save_results(iteration)
         stop = interrupt.asked(device)
-        if stop or run.is_due(iteration, args.save_every):
-            run.save_checkpoint(iteration)
+        run.save_checkpoint(iteration, stop)
         if stop:
             return
 
@@ -582,10 +581,7 @@ def main(argv=None):
         if not is_complete:
             train(args, prompts, eval_prompts, interrupt)
     if interrupt.signal:
-        message = ""
-        if processes.rank() == 0:  # it may still be removing old checkpoints, so no other looks
-            message = files.stopped(args.out, interrupt.signal)
-        interrupt.leave(message)
+        interrupt.leave(files.stopped(args.out, interrupt.signal))
     if processes.rank() == 0:
         if is_complete:
             print(f"{args.out}: already complete")

@@ -175,8 +175,10 @@ class Run:
                 args.keep_snapshots,
             )
 
-    def save_checkpoint(self, iteration):
-        """All that the same command needs to go on from here."""
+    def save_checkpoint(self, iteration, stop):
+        """All that the same command needs to go on from here; when it is due, or at a stop."""
+        if not stop and not self.is_due(iteration, self.args.save_every):
+            return
         if not self.args.shard:
             processes.check_equal(self.setup.trained, self.device)
         files.save_checkpoint(

@@ -206,7 +206,9 @@ def before_and_after(out):
 
 
 def stopped(out, signal):
-    """The line that says where a run resumes that a signal has stopped."""
+    """The line that says where a run resumes that a signal has stopped; of the first process."""
+    if rank() > 0:  # the first may still be removing old checkpoints, so no other looks
+        return ""
     _, state = newest_checkpoint(out)
     step = state["step"]
     return f"{out}: stopped after checkpoint {step} by signal {signal}; the same command goes on"

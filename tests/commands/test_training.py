@@ -203,7 +203,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_later_lines(tmp_pa
     run.steps()
     for iteration in (1, 2):
         take_step(run, iteration)
-        run.save_checkpoint(iteration)
+        run.save_checkpoint(iteration, stop=True)
     kept = {name: value.detach().clone() for name, value in run.tensors.items()}
     take_step(run, 3)  # and then it is killed
     assert [path.name for path in files.checkpoints(tmp_path)] == ["checkpoint-00002"]
@@ -287,10 +287,22 @@ def test_processes_must_hold_equal_weights_unless_each_has_a_piece(
     monkeypatch.setattr(training.processes, "check_equal", lambda *args: seen.append(args))
     run = open_run(tmp_path, shard=shard)
     run.open_log()
-    run.save_checkpoint(1)
+    run.save_checkpoint(1, stop=True)
     assert len(seen) == compared
     saved = load_file(tmp_path / "checkpoint-00001" / "weights.safetensors")
     assert saved.keys() == run.tensors.keys()
+
+
+def test_a_checkpoint_is_saved_when_it_is_due_and_at_a_stop(tmp_path):
+    run = open_run(tmp_path)
+    run.open_log()
+    due = run.args.save_every
+    run.save_checkpoint(due + 1, stop=False)
+    assert list(tmp_path.glob("**/checkpoint-*")) == []
+    run.save_checkpoint(due + 1, stop=True)
+    run.save_checkpoint(2 * due, stop=False)
+    names = sorted(path.name for path in tmp_path.glob("**/checkpoint-*"))
+    assert names == sorted({f"checkpoint-{due + 1:05d}", f"checkpoint-{2 * due:05d}"})
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def corner_bilinear_by_loops(image, size):
     return out
 
 
-@pytest.mark.parametrize("H, W, size", [(5, 7, 11), (12, 9, 4), (50, 40, 13), (2, 1, 5)])
+@pytest.mark.parametrize("H, W, size", [(5, 7, 11), (50, 40, 13), (2, 1, 5)])
 def test_the_resize_by_loops(H, W, size):
     image = noise(H, W).astype(np.float32)
     expected = corner_bilinear_by_loops(image.astype(np.float64), size)
@@ -298,12 +298,13 @@ def test_a_vision_network_by_hand(tmp_path, monkeypatch, name, size, H, W):
     assert found.shape == (3, check_features(f"{kind}:{tmp_path}", ""))
 
 
-@pytest.mark.parametrize("name, D", [("dinov2", 32), ("clip_vision", 24), ("clip", 24)])
-def test_the_number_of_features_is_in_the_config(tmp_path, name, D):
-    build_config(name).save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    kind, _, _ = name.partition("_")
-    assert check_features(f"{kind}:{tmp_path}", "") == D
+def test_the_number_of_features_is_in_the_config(tmp_path):
+    for name, D in (("dinov2", 32), ("clip_vision", 24), ("clip", 24)):
+        folder = tmp_path / name
+        build_config(name).save_pretrained(folder)
+        assert [path.name for path in folder.iterdir()] == ["config.json"]
+        kind, _, _ = name.partition("_")
+        assert check_features(f"{kind}:{folder}", "") == D
 
 
 def test_a_vision_network_without_all_its_weights_is_refused(tmp_path):
@@ -388,16 +389,12 @@ def test_a_function_that_returns_something_else(own, name, naming):
     "spec, naming",
     [
         ("", "none of reward, evaluator"),
-        ("Reward", "none of reward, evaluator"),
-        ("inception:", "no file is not a TorchScript file"),
         ("inception:none.pt", "none.pt is not a TorchScript file"),
         ("no_such_module:f", "no_such_module"),
         ("math:pi", "pi is not a function"),
         ("own_features:missing", "missing"),
         ("failing_features:f", "first second"),
-        (":f", ""),
         ("dinov2:nobody/no-such-model", ""),
-        ("clip:a b", ""),
     ],
 )
 def test_features_that_do_not_exist(own, spec, naming):
@@ -406,28 +403,26 @@ def test_features_that_do_not_exist(own, spec, naming):
     refused(lambda: check_features(spec, TINY, flag), f"--diversity_features {spec}: ")
 
 
-@pytest.mark.parametrize("write", ["text", "tensors"])
-def test_a_file_that_is_no_torchscript(tmp_path, write):
+def test_a_file_that_is_no_torchscript(tmp_path):
     path = tmp_path / "network.pt"
+    words = f"{path} is not a TorchScript file"
     path.write_text("no zip")
-    if write == "tensors":
-        torch.save({"weight": torch.ones(3)}, path)  # a zip too
-    refused(lambda: check_features(f"inception:{path}", TINY), f"{path} is not a TorchScript file")
+    refused(lambda: check_features(f"inception:{path}", TINY), words)
+    torch.save({"weight": torch.ones(3)}, path)  # a zip too
+    refused(lambda: check_features(f"inception:{path}", TINY), words)
+    refused(lambda: check_features("inception:", TINY), "no file is not a TorchScript file")
 
 
 @pytest.mark.parametrize(
     "config, naming",
     [
-        (None, ""),
         ('{"model_type": "dino', ""),
-        ("[]", ""),
         ('{"model_type": "strange"}', "strange"),
         ('{"model_type": "bert"}', "is a bert, not a dinov2"),
         ('{"model_type": "dinov2", "hidden_size": "large"}', ""),
     ],
 )
 def test_a_folder_that_is_no_dinov2(tmp_path, config, naming):
-    if config is not None:
-        (tmp_path / "config.json").write_text(config)
+    (tmp_path / "config.json").write_text(config)
     spec = f"dinov2:{tmp_path}"
     refused(lambda: check_features(spec, TINY), f"--features {spec}: ", naming)

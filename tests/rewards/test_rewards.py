@@ -29,7 +29,6 @@ from prompting import Prompt
 
 L14 = "openai/clip-vit-large-patch14"
 B32 = "openai/clip-vit-base-patch32"
-PICK = "yuvalkirstain/PickScore_v1"
 
 OWN = """
 import numpy, torch
@@ -105,10 +104,9 @@ def score(spec, images=IMAGES, prompts=PROMPTS, metadata=METADATA, **options):
         ("jpeg:-2,fid", {"jpeg": ("jpeg", "", None, -2), "fid": ("fid", "", None, 1)}),
         ("clip", {"clip": ("clip", "", L14, 1)}),
         ("clip:-1e-2", {"clip": ("clip", "", L14, -0.01)}),
-        (f"clip:{B32}", {"clip": ("clip", B32, B32, 1)}),
+        (f"pickscore:{B32}", {"pickscore": ("pickscore", B32, B32, 1)}),
         ("clip:C:/models/clip:2", {"clip": ("clip", "C:/models/clip", "C:/models/clip", 2)}),
         ("clip:7:1", {"clip": ("clip", "7", "7", 1)}),
-        ("pickscore", {"pickscore": ("pickscore", "", PICK, 1)}),
         ("aesthetic:head.pth:0.2", {"aesthetic": ("aesthetic", "head.pth", L14, 0.2)}),
         ("aesthetic:a/h.pth@b/c:2", {"aesthetic": ("aesthetic", "a/h.pth", "b/c", 2)}),
         ("a.b.c:score:-3", {"score": ("a.b.c", "score", "score", -3)}),
@@ -130,9 +128,7 @@ def test_a_mixture_is_read(spec, expected):
     "spec, words",
     [
         ("", "'' is none of class, margin, ink"),
-        ("class,,ink", "'' is none of"),
         ("beauty:1", "'beauty' is none of"),
-        ("my-module:f", "'my-module' is none of"),
         ("m:f:g:1", "'m' is none of"),
         ("m:", "'m' is none of"),
         ("class:", "'' is not a number; write class:1"),
@@ -161,7 +157,8 @@ def test_only_the_classifiers_rewards_need_labels():
 def test_a_label_that_is_no_class_is_named_by_its_line():
     good = [Prompt("a", {"label": 0}), Prompt("b", {"label": 9})]
     rewards.check_labels(good, "p.jsonl")
-    for metadata in ({}, {"label": 10}, {"label": -1}, {"label": "3"}, {"label": True}):
+    wrong = [{}] + [{"label": label} for label in (10, -1, "3", 1.0, True, None)]
+    for metadata in wrong:
         prompts = [*good, Prompt("c", metadata)]
         with pytest.raises(ValueError, match="p.jsonl:3: .*label"):
             rewards.check_labels(prompts, "p.jsonl")
@@ -220,7 +217,7 @@ def test_a_score_does_not_depend_on_the_other_pictures_and_their_order(specs):
 
 @pytest.mark.parametrize(
     "name, bad",
-    [("margin", "nan"), ("class", "inf"), ("clip", "inf"), ("clip", "nan"), ("jpeg", "-inf")],
+    [("margin", "nan"), ("clip", "inf"), ("jpeg", "-inf")],
 )
 def test_a_picture_that_is_not_finite_has_no_score(specs, name, bad):
     images = IMAGES.clone()
