@@ -1,274 +1,546 @@
-"""Evaluation: how well a model does what was asked, and how different its pictures are. Judged by a network that training never sees.
+"""Evaluates models and pictures: alignment with the prompts, diversity, distance to real pictures.
 
-    python eval.py images MODEL --n 1000 --out DIR          pictures: a folder of PNG, or one FILE.npz as evaluation suites read it
-    python eval.py score MODEL|DIR|FILE.npz [SECOND]        alignment, diversity and distance to real pictures, with 95 % intervals
-    python eval.py compare RUN... --out compare.png         runs of train.py, compared where they are equally good
-    python eval.py grid RUN... --out grid.png               the same noise before, and after each run
-The first two also as `torchrun --nproc_per_node 8 -- eval.py ...` (without the --, torchrun takes --n for its own): any number of processes,
-and any --batch, gives the same pictures. Pictures come from the deterministic sampler at clean prompts and fixed seeds, the same ones for every
-model, n for each of P prompts.
-    accuracy, log_prob        of the prompt's class under the evaluator (log_prob in nats, floored like the reward)         alignment
-    vendi, distance           within a prompt, mean over prompts; distance_min of the two nearest; ..._set over all         diversity
-    fid, kid, precision, recall, density, coverage          against real pictures; compare them at equal n                  both
-in the evaluator's 64 features, or in those of --features; h of the Vendi score is half the real pictures' mean distance within a class in the
-features of the model folder's classifiers, and half the root mean square distance of any two in all others.
-Left out here: metrics that need another network than the features, and file formats that can run code.
+    python eval.py images MODEL --n 1000 --out DIR      draw pictures: a folder of PNG, or FILE.npz
+    python eval.py score MODEL|DIR|FILE.npz [SECOND]    metrics of one or two sets, with intervals
+    python eval.py compare RUN... --out compare.png     runs of train.py, at equal alignment
+    python eval.py grid RUN... --out grid.png           the same noise before, and after each run
+
+images and score run on several processes as `torchrun --nproc_per_node 8 -- eval.py ...` (without
+the --, torchrun takes --n for its own). Neither their number nor --batch changes a picture: each is
+drawn by the deterministic sampler, from a clean prompt and noise that depends only on the seed and
+the picture's number. So every model is evaluated with the same noise.
+
+    accuracy, log_prob     of the prompt's class, by a classifier that training never sees (nats)
+    vendi, distance        diversity within a prompt, mean over prompts; ..._set over all pictures
+    distance_min           distance of the two nearest pictures of a prompt
+    fid, kid, precision, recall, density, coverage      against real pictures; compare at equal n
+
+The kernel width h of the Vendi score is half the mean distance of real pictures of one class in the
+features of the model folder's classifiers, and half the root mean square distance of any two in all
+other features. Left out: metrics that need a network besides the features, and file formats that
+can run code.
 """
+
 import dataclasses
 import json
 import math
-import numpy as np
-import torch
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-from typing import Literal
+
 from commands import compare
-import rewards
-from rewards import classifier
-from rewards import metrics
-from support import files
-from support import flags
-from support import guards
-from support import processes
+from commands.checks import check_eval
 from commands.picture_sets import generate, make_images
 from dist_reward import frechet_distance, moments
+from rewards import Reward, classifier, metrics
 from rewards.features import TINY, load_features
-from rewards.metrics import mean_distance, smallest_distance, vendi_score
+from rewards.metrics import effective_number, mean_distance, smallest_distance, vendi_score
 from rewards.targets import load_target, target_path
 from shaping import group_diversity
-from support.processes import gather, share
+from support import files, flags, guards, processes
 
-MOST, MOST_REAL = 1000, 10000                                            # pictures of which ..._set is taken; real pictures of which KID is
+MOST = 1000  # pictures of which vendi_set and distance_set are taken
+MOST_REAL = 10000  # real pictures of which KID is taken
+
+# Each kind of bootstrap resample draws from its own stream of random numbers.
+PROMPT_STREAM, PICTURE_STREAM, SET_STREAM, REAL_STREAM = 0, 1, 2, 3
+
+# Shapes: N pictures of P prompts, n of each; F features of a picture; R resamples, and the estimate
+#         itself before them: [1 + R].
 
 
 @dataclass
 class Args:
-    command: Literal["images", "score", "compare", "grid"]  # what to do
-    inputs: list                                    # images: a model folder; score: one or two of model, folder of pictures, .npz; else run folders
-    out: str = ""                                   # to write: folder or .npz (images), .json (score, optional), .png (compare, optional; grid)
+    command: Literal["images", "score", "compare", "grid"]
+    """what to do"""
+    inputs: list
+    """images: a model; score: one or two of model, folder of pictures, .npz; else run folders"""
+    out: str = ""
+    """to write: folder or .npz (images), .json (score, optional), .png (compare, optional; grid)"""
+
     # images and score
-    n: int = 0                                      # pictures, a multiple of the prompts (default: 1000 of a model, all of a folder or .npz)
-    prompts: str = ""                               # what is drawn (default: the model folder's eval_prompts.jsonl; of pictures: what their config.json says)
-    seed: int = 0                                   # of the pictures' noise, and of the resampling
-    steps: int = 10                                 # deterministic sampling steps, of a model
-    guidance: float = 1.0                           # classifier-free guidance, of a model
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the model's forwards
-    batch: int = 500                                # pictures in one forward of a process: memory only
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
+    n: int = 0
+    """pictures, a multiple of the prompts (default: 1000 of a model, all of a folder or .npz)"""
+    prompts: str = ""
+    """what is drawn (default: the model folder's eval_prompts.jsonl; of pictures: as when drawn)"""
+    seed: int = 0
+    """of the pictures' noise, and of the resampling"""
+    steps: int = 10
+    """deterministic sampling steps, of a model"""
+    guidance: float = 1.0
+    """classifier-free guidance, of a model"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the model's forwards"""
+    batch: int = 500
+    """pictures in one forward of a process: memory only"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to run"""
+
     # score
-    model: str = ""                                 # folder whose classifiers judge (default: the first input's model, else assets/tiny)
-    reward: str = ""                                # rewards to report, as train.py's (default: class, where the folder has its classifier)
-    features: str = "evaluator"                     # of diversity and distances: evaluator, reward, inception:FILE, dinov2, clip, module:function
-    target: str = ""                                # real pictures, folder or idx file; or moments, .npz, for FID alone (default: the model folder's)
-    resamples: int = 200                            # bootstrap resamples behind an interval
+    model: str = ""
+    """folder whose classifiers judge (default: the first input's model, else assets/tiny)"""
+    reward: str = ""
+    """rewards to report, as train.py's (default: class, where the folder has its classifier)"""
+    features: str = "evaluator"
+    """measured in: evaluator, reward, inception:FILE, dinov2, clip, module:function"""
+    target: str = ""
+    """real pictures, folder or idx file, or .npz of moments (default: the model folder's)"""
+    resamples: int = 200
+    """bootstrap resamples behind an interval"""
+
     # compare and grid
-    labels: str = ""                                # one a run; equal labels are seeds of one method (default: the folder's name without -NUMBER)
+    labels: str = ""
+    """one a run; equal labels are seeds of one method (default: folder name without -NUMBER)"""
+
+
+# --------------------------------------------------------------------------------------------------
+# What training logs.
 
 
 class Judge:
-    """A classifier that a run is judged by, and the moments of the real pictures in its features: a folder as assets/tiny/evaluator."""
+    """A classifier of the model folder, and the moments of real pictures in its features.
+
+    `real` holds mu [F], sigma [F, F] and scale, the kernel width of the Vendi score.
+    """
 
     def __init__(self, model_folder, name, device="cpu", real="real.npz"):
-        self.network, self.real = classifier.load_classifier(Path(model_folder) / name, device), np.load(Path(model_folder) / name / real)
+        folder = Path(model_folder) / name
+        self.network = classifier.load_classifier(folder, device)
+        self.real = np.load(folder / real)
+
+
+class Evaluator:
+    """Evaluates the model of a training, with the same prompts and noise every time.
+
+    A call gives {"eval/...": number} and writes grids/NNNNN.png, ten pictures of each prompt.
+    Collective: call on every process.
+    """
+
+    def __init__(self, args, setup, eval_prompts, device):
+        self.args = args
+        self.setup = setup
+        self.eval_prompts = eval_prompts
+
+        # The network that judges must not be the one in whose features the reward is measured.
+        rewarded_by_evaluator = args.features == "evaluator" and setup.reference_set
+        name = "reward" if rewarded_by_evaluator else "evaluator"
+        folder = setup.model.folder
+        self.judge = None
+        if (folder / name).is_dir():
+            self.judge = Judge(folder, name, device)
+
+    def __call__(self, iteration):
+        with self.setup.averages.applied():
+            images = self.draw()
+        self.save_grid(iteration, images)
+        scores = self.alignment_and_diversity(images)
+        if self.setup.reference_set:
+            scores["fid_trained"] = self.trained_distance(images)
+        return {f"eval/{name}": value for name, value in scores.items()}
+
+    def draw(self):
+        """The pictures of this evaluation, prompt by prompt -> [P n, 3, H, W]."""
+        args = self.args
+        each = args.eval_images // len(self.eval_prompts)
+        return generate(
+            self.setup.model,
+            self.eval_prompts,
+            each,
+            args.eval_steps,
+            args.guidance,
+            args.eval_seed,
+            args.batch,
+        )
+
+    def save_grid(self, iteration, images):
+        """Writes grids/NNNNN.png, the first ten pictures of each prompt."""
+        if processes.rank() == 0:
+            rows = images.reshape(len(self.eval_prompts), -1, *images.shape[1:])
+            path = Path(self.args.out) / "grids" / f"{iteration:05d}.png"
+            files.save_grid(path, rows[:, :10])
+
+    def alignment_and_diversity(self, images):
+        """By the judge if the model folder has one, else by the rewards themselves."""
+        setup = self.setup
+        if self.judge:
+            labels = [prompt.metadata["label"] for prompt in self.eval_prompts]
+            return score(images, labels, self.judge.network, self.judge.real)
+        return score_without_judge(
+            images, self.eval_prompts, setup.reward, setup.diversity_features, self.feature_batch
+        )
+
+    def trained_distance(self, images):
+        """The Frechet distance in the features and to the target that the reward uses."""
+        reference_set = self.setup.reference_set
+        parts = images.split(self.feature_batch)
+        features = torch.cat([reference_set.features(part) for part in parts])
+        return frechet_distance(*moments(features), *reference_set.target)
+
+    @property
+    def feature_batch(self):
+        return self.args.reward_batch or self.args.batch
 
 
 def alignment(logits, labels):
-    """Logits [B, 10] of the evaluator, labels [B] -> {name: [B]}."""
+    """Logits [B, 10] of the evaluator, labels [B] -> {name: float64 [B]}.
+
+    log_prob has the floor of the reward `class`: one hopeless picture must not outweigh the others.
+    """
     log_p = logits.log_softmax(1)
-    return {"accuracy": (log_p.argmax(1) == labels).double(), "log_prob": log_p.gather(1, labels[:, None])[:, 0].clamp(min=classifier.FLOOR).double()}
+    log_prob = log_p.gather(1, labels[:, None])[:, 0]
+    correct = log_p.argmax(1) == labels
+    return {
+        "accuracy": correct.double(),
+        "log_prob": log_prob.clamp(min=classifier.FLOOR).double(),
+    }
 
 
 @torch.inference_mode()
 def score(images, labels, evaluator, real):
-    """images [P * n, 3, H, W], labels [P] -> {metric: number}. real: an npz with mu, sigma, scale in the evaluator's features."""
-    features = torch.cat([evaluator.features(x) for x in images.split(500)])
-    groups = features.reshape(len(labels), -1, features.shape[1])
-    target = torch.tensor(labels, device=images.device).repeat_interleave(groups.shape[1])
-    return {name: value.mean().item() for name, value in alignment(evaluator.head(features), target).items()} | {
-        "vendi": sum(vendi_score(f, float(real["scale"])) for f in groups) / len(groups),
-        "distance": sum(mean_distance(f) for f in groups) / len(groups),
-        "fid": frechet_distance(*moments(features.cpu()), real["mu"], real["sigma"])}
+    """Pictures [P n, 3, H, W] of P labels, prompt by prompt -> {metric: number}.
+
+    real: mapping with mu, sigma and scale of the real pictures in the evaluator's features.
+    """
+    P = len(labels)
+    features = torch.cat([evaluator.features(part) for part in images.split(500)])  # [P n, 64]
+    groups = features.reshape(P, -1, features.shape[1])  # [P, n, 64]
+    asked = torch.tensor(labels, device=images.device).repeat_interleave(groups.shape[1])
+
+    scores = {}
+    for name, value in alignment(evaluator.head(features), asked).items():
+        scores[name] = value.mean().item()
+    scale = float(real["scale"])
+    scores["vendi"] = sum(vendi_score(group, scale) for group in groups) / P
+    scores["distance"] = sum(mean_distance(group) for group in groups) / P
+    scores["fid"] = frechet_distance(*moments(features.cpu()), real["mu"], real["sigma"])
+    return scores
 
 
 @torch.inference_mode()
-def score_without_judge(images, prompts, reward, look, batch):
-    """For a base that nobody was trained to judge: the rewards themselves, and the diversity of P prompts' pictures [P * n, 3, H, W] in the space
-    of --diversity_features (None: pixels), with the cosine as kernel. -> {metric: number}; the rewards are what training raises, so beware."""
-    who = [prompt for prompt in prompts for _ in range(len(images) // len(prompts))]
-    terms = reward(images, [p.text for p in who], [p.metadata for p in who])
-    features = torch.cat([look(x) if look else x.flatten(1) for x in images.split(batch)]).double()
-    groups = torch.nn.functional.normalize(features, dim=1).reshape(len(prompts), -1, features.shape[1])
-    l = torch.linalg.eigvalsh(groups @ groups.transpose(1, 2) / groups.shape[1]).clamp(min=0)         # [P, n]
-    return {f"reward_{name}": value.double().mean().item() for name, value in terms.items()} | {
-        "vendi": torch.exp(-torch.special.xlogy(l, l).sum(1)).mean().item(),
-        "distance": group_diversity(groups, "cosine").double().mean().item()}
+def score_without_judge(images, prompts, reward, diversity_features, batch):
+    """Pictures [P n, 3, H, W] of P prompts -> {metric: number}, for a base without an evaluator.
+
+    The rewards are those that training raises, so they say less than a judge of its own would.
+    Diversity is that of --diversity_features (None: pixels), with the cosine as kernel.
+    """
+    P = len(prompts)
+    repeated = [prompt for prompt in prompts for _ in range(len(images) // P)]
+    texts = [prompt.text for prompt in repeated]
+    metadata = [prompt.metadata for prompt in repeated]
+    rewards = reward(images, texts, metadata)
+
+    features = []
+    for part in images.split(batch):
+        features.append(diversity_features(part) if diversity_features else part.flatten(1))
+    features = torch.nn.functional.normalize(torch.cat(features).double(), dim=1)
+    groups = features.reshape(P, -1, features.shape[1])  # [P, n, F]
+    kernels = groups @ groups.transpose(1, 2) / groups.shape[1]  # [P, n, n], each of trace 1
+    vendi = groups.new_tensor([effective_number(kernel) for kernel in kernels])  # [P]
+    distance = group_diversity(groups, "cosine").double()  # [P, n]
+
+    scores = {}
+    for name, value in rewards.items():
+        scores[f"reward_{name}"] = value.double().mean().item()
+    scores["vendi"] = vendi.mean().item()
+    scores["distance"] = distance.mean().item()
+    return scores
 
 
-def evaluate(args, model, judged, judge, reward, look, measure, target, iteration):
-    """What train.py logs: pictures at held-out seeds, the same ones every time -> {"eval/...": number}, and grids/NNNNN.png."""
-    images = generate(model, judged, args.eval_images // len(judged), args.eval_steps, args.guidance, args.eval_seed, args.batch)
-    if processes.rank() == 0:
-        files.save_grid(Path(args.out) / "grids" / f"{iteration:05d}.png", images.reshape(len(judged), -1, *images.shape[1:])[:, :10])
-    if judge:
-        scores = score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
-    else:
-        scores = score_without_judge(images, judged, reward, look, args.reward_batch or args.batch)
-    if measure:
-        trained = torch.cat([measure(x) for x in images.split(args.reward_batch or args.batch)])
-        scores["fid_trained"] = frechet_distance(*moments(trained), *target)
-    return {"eval/" + name: value for name, value in scores.items()}
+# --------------------------------------------------------------------------------------------------
+# eval.py score: what networks say of a set of pictures, and the metrics with their intervals.
 
 
-class Evaluator:
-    """What a training is judged by, at the same prompts and noise every time."""
+class Networks:
+    """What a set of pictures is shown to: the feature network, the evaluator and the rewards.
 
-    def __init__(self, args, setup, prompts, device):
-        self.args, self.setup, self.prompts = args, setup, prompts
-        folder = setup.model.folder
-        rewarded_by_evaluator = args.features == "evaluator" and setup.reference_set
-        name = "reward" if rewarded_by_evaluator else "evaluator"           # who judges is not who rewards
-        self.judge = Judge(folder, name, device) if (folder / name).is_dir() else None
+    The evaluator is None without labels or without its folder, the reward without --reward.
+    """
 
-    def __call__(self, iteration):
-        setup = self.setup
-        members = setup.reference_set
-        with setup.averages.applied():
-            return evaluate(self.args, setup.model, self.prompts, self.judge, setup.reward, setup.diversity_features,
-                            members and members.features, members and members.target, iteration)
-
-
-
-
-
-def open_networks(args, folder, labelled, device):
-    """-> see: pictures [B, 3, H, W] and their B prompts (or None) -> {"features": [B, D]} and, if there are prompts, the alignments [B]."""
-    network = load_features(args.features, folder, device)
-    evaluator = classifier.load_classifier(folder / "evaluator", device) if labelled and (folder / "evaluator").is_dir() else None
-    reward = rewards.Reward(args.reward, folder, device) if args.reward else None
+    def __init__(self, args, folder, labelled, device):
+        self.device = device
+        self.features = load_features(args.features, folder, device)
+        self.evaluator = None
+        if labelled and (folder / "evaluator").is_dir():
+            self.evaluator = classifier.load_classifier(folder / "evaluator", device)
+        self.reward = None
+        if args.reward:
+            self.reward = Reward(args.reward, folder, device)
 
     @torch.inference_mode()
-    def see(images, prompts=None):
-        found = {"features": network(images)}
-        if evaluator and prompts:
-            found |= alignment(evaluator(images), torch.tensor([p.metadata["label"] for p in prompts], device=device))
-        if reward and prompts:
-            terms = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
-            found |= {"reward/" + name: value.double() for name, value in terms.items()}
-        return found
-    return see
+    def __call__(self, images, prompts):
+        """Pictures [B, 3, H, W], their B prompts or None -> {"features": [B, F], others: [B]}."""
+        outputs = {"features": self.features(images)}
+        if prompts and self.evaluator:
+            labels = [prompt.metadata["label"] for prompt in prompts]
+            labels = torch.tensor(labels, device=self.device)
+            outputs |= alignment(self.evaluator(images), labels)
+        if prompts and self.reward:
+            texts = [prompt.text for prompt in prompts]
+            metadata = [prompt.metadata for prompt in prompts]
+            for name, value in self.reward(images, texts, metadata).items():
+                outputs[f"reward/{name}"] = value.double()
+        return outputs
 
 
-def look_at(chosen, see, device):
-    """What the networks see in a set, each process its share -> {name: [N, ...]} on every process."""
-    mine, rows, at = share(chosen.total), [], 0
-    bar = tqdm(total=len(mine), disable=processes.rank() > 0, desc=chosen.name[-30:], unit="")
-    for images in chosen.read(mine, device):
-        numbers = mine[at:at + len(images)]
-        rows.append(see(images, [chosen.prompts[i * len(chosen.prompts) // chosen.total] for i in numbers] if chosen.prompts else None))
-        at += len(images)
+def network_outputs(picture_set, networks, device):
+    """What the networks say of every picture -> {"features": [N, F], others: [N]}.
+
+    Each process looks at its share. Collective: call on every process.
+    """
+    N, prompts = picture_set.total, picture_set.prompts
+    numbers = processes.share(N)
+    batches = []
+    done = 0
+    bar = tqdm(
+        total=len(numbers), disable=processes.rank() > 0, desc=picture_set.name[-30:], unit=""
+    )
+    for images in picture_set.read(numbers, device):
+        batch_prompts = None
+        if prompts:
+            batch = numbers[done : done + len(images)]
+            batch_prompts = [prompts[number * len(prompts) // N] for number in batch]
+        batches.append(networks(images, batch_prompts))
+        done += len(images)
         bar.update(len(images))
     bar.close()
-    return {name: gather(torch.cat([row[name] for row in rows]), chosen.total) for name in rows[0]}
+
+    outputs = {}
+    for name in batches[0]:
+        ours = torch.cat([batch[name] for batch in batches])
+        outputs[name] = processes.gather(ours, N)
+    return outputs
 
 
-def estimates(args, found, P, scale, target):
-    """What was seen in a set of N pictures of P prompts (0: unknown) -> {metric: float64 [1 + resamples]}, the metric and its resamples.
+def resample_counts(args, size, stream, device):
+    """How often each resample draws each of `size` things -> [1 + R, size]; row 0: once each."""
+    return metrics.resample_counts(size, args.resamples, (args.seed, stream)).to(device)
 
-    A function of the seed, so that two sets of one size are resampled alike, prompt by prompt and picture by picture: their difference is
-    a paired one. scale: h of the Vendi score; target: mu, sigma and features of the real pictures, or None for the last.
+
+def share_resamples(metric, features, counts, *others):
+    """metric(features, counts, *others) -> [1 + R]; each process takes some rows of `counts`."""
+    ours = processes.share(len(counts))
+    values = metric(features, counts[ours.start : ours.stop], *others)
+    return processes.gather(values, len(counts))
+
+
+def estimates(args, outputs, P, scale, target):
+    """Outputs of the networks for N pictures of P prompts (0: unknown) -> {metric: [1 + R]}.
+
+    The estimate comes first, then its resamples, in float64. All is a function of the seed, so two
+    sets of one size are resampled alike, picture by picture: their difference is a paired one.
+    scale: h of the Vendi score. target: mu, sigma and features of the real pictures, or None for
+    the last.
     """
-    features, (mu, sigma, real), values = found["features"], target, {}
-    N, counts = len(features), lambda n, stream: metrics.resample_counts(n, args.resamples, (args.seed, stream)).to(features.device)
-
-    def shared(function, rows, *inputs):                                 # each process takes its share of the resamples
-        mine = share(len(rows))
-        return gather(function(inputs[0], rows[mine.start:mine.stop], *inputs[1:]), len(rows))
+    features = outputs["features"]
+    mu, sigma, real = target
+    N = len(features)
+    device = features.device
+    values = {}
     if P:
-        by_prompt = {name: value.reshape(P, -1).mean(1) for name, value in found.items() if name != "features"}
-        groups = features.reshape(P, N // P, -1)
-        if N // P > 1:
-            for name, function in (("vendi", lambda f: vendi_score(f, scale)), ("distance", mean_distance), ("distance_min", smallest_distance)):
-                by_prompt[name] = torch.tensor([function(f) for f in groups], dtype=torch.float64, device=features.device)
-        rows = counts(P, 0)[:None if P > 1 else 1]                       # one prompt says nothing about others: no interval
-        values |= {name: metrics.resampled_mean(value, rows) for name, value in by_prompt.items()}
-    few = features[metrics.evenly(N, MOST)]
-    values["vendi_set"] = shared(metrics.resampled_vendi, counts(len(few), 2), few, scale)
-    values["distance_set"] = metrics.resampled_distance(few, counts(len(few), 2))
-    values["fid"] = shared(metrics.resampled_fid, counts(N, 1), features, mu, sigma)
+        values |= prompt_estimates(args, outputs, P, scale)
+
+    # Diversity over all prompts, of some pictures at even steps: its kernel has n x n entries.
+    some = features[metrics.evenly(N, MOST)]
+    counts = resample_counts(args, len(some), SET_STREAM, device)
+    values["vendi_set"] = share_resamples(metrics.resampled_vendi, some, counts, scale)
+    values["distance_set"] = metrics.resampled_distance(some, counts)
+
+    # Distance to the real pictures.
+    counts = resample_counts(args, N, PICTURE_STREAM, device)
+    values["fid"] = share_resamples(metrics.resampled_fid, features, counts, mu, sigma)
     if real is not None:
-        values["kid"] = shared(metrics.resampled_kid, counts(N, 1), features, real[metrics.evenly(len(real), MOST_REAL)])
-        real = real[metrics.evenly(len(real), N)]                        # as many as generated, as the papers do
-        for name, value in metrics.neighbourhoods(features, real).items():
-            values[name] = metrics.resampled_mean(value, counts(N, 1) if name in ("precision", "density") else counts(len(real), 3))
+        some_real = real[metrics.evenly(len(real), MOST_REAL)]
+        values["kid"] = share_resamples(metrics.resampled_kid, features, counts, some_real)
+
+        # As many real pictures as generated ones, as the papers take. Recall and coverage are
+        # means over the real pictures, so these are resampled.
+        some_real = real[metrics.evenly(len(real), N)]
+        real_counts = resample_counts(args, len(some_real), REAL_STREAM, device)
+        for name, value in metrics.neighbourhoods(features, some_real).items():
+            of_generated = name in ("precision", "density")
+            rows = counts if of_generated else real_counts
+            values[name] = metrics.resampled_mean(value, rows)
     return {name: value.cpu() for name, value in values.items()}
 
 
-def score_sets(args, folder, sets):
-    """Prints the table of one set, or of two and their difference; --out writes the numbers."""
-    device, prompts = processes.start(args.device), sets[0].prompts if all(s.prompts for s in sets) else None
-    sets = [dataclasses.replace(s, prompts=prompts) for s in sets]
-    with flags.refusing():                                             # what the files hold, and how many features there are, is known only now
-        see = open_networks(args, folder, bool(prompts) and "label" in prompts[0].metadata, device)
-        first, *_ = [next(iter(s.read([0], device))) for s in sets]
-        target = load_target(target_path(args.target, args.features, folder), lambda images: see(images)["features"], first)
+def prompt_estimates(args, outputs, P, scale):
+    """Alignment, and diversity within a prompt, as means over P prompts -> {metric: [1 + R]}.
+
+    Prompts are resampled. One prompt says nothing about others, so it has no resamples: [1].
+    """
+    features = outputs["features"]
+    by_prompt = {}  # {metric: [P]}
+    for name, value in outputs.items():
+        if name != "features":
+            by_prompt[name] = value.reshape(P, -1).mean(1)
+
+    groups = features.reshape(P, len(features) // P, -1)  # [P, n, F]
+    if groups.shape[1] > 1:
+        vendi = [vendi_score(group, scale) for group in groups]
+        distance = [mean_distance(group) for group in groups]
+        smallest = [smallest_distance(group) for group in groups]
+        by_prompt["vendi"] = groups.new_tensor(vendi, dtype=torch.float64)
+        by_prompt["distance"] = groups.new_tensor(distance, dtype=torch.float64)
+        by_prompt["distance_min"] = groups.new_tensor(smallest, dtype=torch.float64)
+
+    counts = resample_counts(args, P, PROMPT_STREAM, features.device)
+    if P == 1:
+        counts = counts[:1]
+    return {name: metrics.resampled_mean(value, counts) for name, value in by_prompt.items()}
+
+
+def kernel_width(args, folder, sigma):
+    """h of the Vendi score in the features of --features; sigma: the real pictures' covariance."""
     if args.features in TINY:
         with np.load(folder / args.features / "real.npz") as real:
-            scale = float(real["scale"])
-    else:                                                                # half the root mean square distance of two real pictures, 2 tr C
-        scale = math.sqrt(2 * float(target[1].trace())) / 2
-    found = [estimates(args, look_at(s, see, device), len(prompts or ()), scale, target) for s in sets]
+            return float(real["scale"])
+    mean_square_distance = 2 * float(sigma.trace())  # of two real pictures
+    return math.sqrt(mean_square_distance) / 2
+
+
+def score_sets(args, folder, sets):
+    """Prints the table of one set, or of two and their difference; --out gets the numbers.
+
+    folder: the model folder whose classifiers judge. Collective: call on every process.
+    """
+    device = processes.start(args.device)
+    prompts = None
+    if all(picture_set.prompts for picture_set in sets):
+        prompts = sets[0].prompts
+    sets = [dataclasses.replace(picture_set, prompts=prompts) for picture_set in sets]
+    labelled = bool(prompts) and "label" in prompts[0].metadata
+
+    # What the files hold, and how many features there are, is known only now.
+    with flags.refusing():
+        networks = Networks(args, folder, labelled, device)
+        first = [next(iter(picture_set.read([0], device))) for picture_set in sets]
+        path = target_path(args.target, args.features, folder)
+        target = load_target(path, networks.features, first[0])
+    scale = kernel_width(args, folder, target[1])
+
+    P = len(prompts) if prompts else 0
+    found = []
+    for picture_set in sets:
+        outputs = network_outputs(picture_set, networks, device)
+        found.append(estimates(args, outputs, P, scale, target))
+
     columns = {sets[0].name: found[0]}
     if len(sets) == 2:
         a, b = found
-        columns = {f"A: {sets[0].name}": a, f"B: {sets[1].name}": b, "B - A": {name: b[name] - a[name] for name in a}}
+        columns = {}
+        columns[f"A: {sets[0].name}"] = a
+        columns[f"B: {sets[1].name}"] = b
+        columns["B - A"] = {name: b[name] - a[name] for name in a}
     if processes.rank() == 0:
         report(args, sets, columns)
 
 
 def report(args, sets, columns):
-    """Columns {title: estimates} -> a markdown table on stdout, a line for each collapsed set, and the numbers in --out."""
-    P, N = len(sets[0].prompts or ()), sets[0].total
-    numbers = {title: {name: [float(values[0]), *metrics.interval(values)] for name, values in column.items()} for title, column in columns.items()}
-    print(f"{N} pictures" + f" of {P} prompts" * bool(P) + f", in the features {args.features}; 95 % intervals of {args.resamples} resamples")
-    print("| metric | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|", sep="\n")
+    """Prints {title: estimates} as a table and warns of collapse; --out gets the numbers."""
+    P = len(sets[0].prompts) if sets[0].prompts else 0
+    N = sets[0].total
+    numbers = {}  # {title: {metric: (value, low, high)}}
+    for title, values in columns.items():
+        numbers[title] = {
+            name: (float(value[0]), *metrics.interval(value)) for name, value in values.items()
+        }
+
+    drawn = f"{N} pictures of {P} prompts" if P else f"{N} pictures"
+    intervals = f"95 % intervals of {args.resamples} resamples"
+    print(f"{drawn}, in the features {args.features}; {intervals}")
+    print("| metric | " + " | ".join(columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
     for name in next(iter(columns.values())):
-        rows = [found[name] for found in numbers.values()]
-        cells = [f"{value:.4g}" + f" [{low:.4g}, {high:.4g}]" * (not math.isnan(low)) for value, low, high in rows]
+        cells = [cell(*found[name]) for found in numbers.values()]
         print(f"| {name} | " + " | ".join(cells) + " |")
+
     collapsed = []
     for picture_set, (title, found) in zip(sets, numbers.items()):
-        number, each = found.get("vendi", found["vendi_set"])[0], N // P if "vendi" in found else N
-        if number < compare.COLLAPSED and each >= 8:
+        line = collapse(found, P, N)
+        if line:
             collapsed.append(picture_set.name)
-            print(f"COLLAPSED: {title}: {each} pictures" + " of a prompt" * ("vendi" in found) + f" count as {number:.2f} different ones (Vendi)")
+            print(f"COLLAPSED: {title}: {line}")
     if args.out:
-        whole = {"settings": vars(args), "pictures": N, "collapsed": collapsed, "metrics": {
-            title: {name: {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), row)} for name, row in found.items()}
-            for title, found in numbers.items()}}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(args.out, lambda path: path.write_text(json.dumps(whole, indent=2) + "\n"))
+        save_report(args, N, collapsed, numbers)
+
+
+def cell(value, low, high):
+    """A value and its interval, which is NaN where there is none."""
+    if math.isnan(low):
+        return f"{value:.4g}"
+    return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def collapse(found, P, N):
+    """What to say of a set whose pictures are nearly alike, "" if they are not.
+
+    found: {metric: (value, low, high)}. Fewer than eight pictures are too few to tell.
+    """
+    within_prompts = "vendi" in found
+    vendi = found["vendi" if within_prompts else "vendi_set"][0]
+    each = N // P if within_prompts else N
+    if vendi >= compare.COLLAPSED or each < 8:
+        return ""
+    pictures = f"{each} pictures of a prompt" if within_prompts else f"{each} pictures"
+    return f"{pictures} count as {vendi:.2f} different ones (Vendi)"
+
+
+def save_report(args, N, collapsed, numbers):
+    """Writes the JSON of --out; an interval that does not exist is null."""
+    result = {"settings": vars(args), "pictures": N, "collapsed": collapsed, "metrics": {}}
+    for title, found in numbers.items():
+        column = {}
+        for name, row in found.items():
+            row = [None if math.isnan(number) else number for number in row]
+            column[name] = dict(zip(("value", "low", "high"), row))
+        result["metrics"][title] = column
+    text = json.dumps(result, indent=2) + "\n"
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(args.out, lambda path: path.write_text(text))
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands.
+
+
+def compare_runs(args, runs):
+    """Prints the table of the runs, and draws their figure if --out names one."""
+    print(compare.table(runs), flush=True)
+    if args.out:
+        compare.draw(runs, args.out)
+        print(f"{args.out}: written")
+
+
+def show_grids(args, sheets):
+    """Draws the grids of the runs side by side."""
+    compare.draw_grids(sheets, args.out)
+    print(f"{args.out}: written")
 
 
 @record
 def main(argv=None):
-    from commands.checks import check_eval
+    """The command: checks everything, then runs what is asked for."""
     args = flags.parse_args(Args, __doc__, argv)
     with flags.refusing():
-        args, opened = check_eval(args, Args(args.command, args.inputs))
+        args, inputs = check_eval(args, Args(args.command, args.inputs))
     with guards.writing(args.out or "stdout"):
         if args.command == "images":
-            make_images(args, opened)
+            make_images(args, inputs)
         elif args.command == "score":
-            score_sets(args, *opened)
+            folder, sets = inputs
+            score_sets(args, folder, sets)
         elif processes.rank() == 0:
             if args.command == "compare":
-                print(compare.table(opened), flush=True)
-            if args.out:
-                Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-                (compare.draw if args.command == "compare" else compare.draw_grids)(opened, args.out)
-                print(f"{args.out}: written")
+                compare_runs(args, inputs)
+            else:
+                show_grids(args, inputs)
     processes.finish()
+
+
 if __name__ == "__main__":
     main()

@@ -1,343 +1,687 @@
-"""Merging checkpoints of one base, and RL over the merging coefficients (distribution-wise rewards, arXiv 2607.02291, second half).
+"""Merging checkpoints of one base, and RL over the merging coefficients (arXiv 2607.02291).
 
-    python merge.py average A B C --out FOLDER                                      theta = sum_k c_k theta_k, sum_k c_k = 1; negatives are allowed
-    python merge.py ema runs/x/snapshots/*-0.* --sigma_rel 0.15 --out FOLDER        post-hoc EMA of any length (EDM2, arXiv 2312.02696, section 3.1)
-    torchrun merge.py rl runs/x/snapshots/* --out FOLDER                            coefficients found by policy gradient, beside every baseline
-A merge is a point c of an affine space, c = c_0 + z Q: c_0 is the best merge that needs no search, and the rows of Q [K - 1, K] sum to zero and move
-the weights equally far (snapshots of one run are nearly alike: a step in plain coefficients goes far along one direction and nowhere along the others).
-The policy is z ~ N(mean, std^2). Its pictures come from the deterministic sampler that inference uses: the randomness of RL is in the weights' place,
-not in the step's. The paper's abstract says no more than this; the policy, its space, the blocks and the pricing against a pool are our reading.
-Left out: merging models of different architectures, and policies with a full covariance (CMA-ES; there are fewer than 20 numbers).
+    python merge.py average A B C --out FOLDER                     theta = sum_k c_k theta_k
+    python merge.py ema runs/x/snapshots/*-0.* --out FOLDER        post-hoc EMA of any length (EDM2)
+    torchrun merge.py rl runs/x/snapshots/* --out FOLDER           c found by policy gradient
+
+sum_k c_k = 1 and negative c_k are allowed, so a merge is a point of an affine space: c = c_0 + z Q.
+c_0 is the best merge that needs no search. The rows of Q [K - 1, K] sum to zero and move the
+weights equally far: snapshots of one run are nearly alike, and a step in plain coefficients would
+go far along one direction and nowhere along the others. The policy is z ~ N(mean, std^2). Its
+pictures come from the deterministic sampler that inference uses. The paper searches a vector for
+the whole model; the space, the blocks and pricing against a reference set are our reading.
+Left out on purpose: different architectures, and policies with a full covariance (CMA-ES).
 """
+
 import copy
 import json
 import math
 import time
-import torch
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Literal
+
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
-from typing import Literal
+
 import bases
-from bases import files as base_files
-from commands import compare
-from commands import picture_sets
 import dist_reward
 import eval as evaluation
-from support import files
-from support import flags
-from support import guards
-from support import processes
+from bases.files import network_files
 from bases.tensors import Over, Weights, block_of, put
+from commands import compare
 from commands.checks import check_merge, numbers
-from commands.picture_sets import stream
+from commands.picture_sets import generate, stream
 from rewards import Reward
 from rewards.targets import check_target, load_target, open_reference_set
 from sampling import seeded_noise
 from shaping import group_advantage
+from support import files, flags, guards, processes
 from support.averages import rivals, sweep
 
-SEARCH_STREAM, POOL_STREAM, POLICY_STREAM, RANDOM_STREAM = 4, 5, 6, 7    # 0 to 3 are the training's and the evaluation's
+# Each purpose draws from its own stream of noise; 0 to 3 are the training's and the evaluation's.
+SEARCH_STREAM, REFERENCE_STREAM, POLICY_STREAM, RANDOM_STREAM = 4, 5, 6, 7
+
+# Shapes: K checkpoints, B blocks (1: the whole model), G candidates an update, n pictures of each,
+#         M members of the reference set, P prompts, F features of a picture.
 
 
 @dataclass
 class Args:
-    command: Literal["average", "ema", "rl"]        # what to do
-    checkpoints: list                               # model folders, snapshots of train.py or LoRA files, all of one base
+    command: Literal["average", "ema", "rl"]
+    """what to do"""
+    checkpoints: list
+    """model folders, snapshots of train.py or LoRA files, all of one base"""
+
     # any command
-    out: str = ""                                   # folder to write (required)
-    model: str = ""                                 # base model folder (default: what the checkpoints name)
+    out: str = ""
+    """folder to write (required)"""
+    model: str = ""
+    """base model folder (default: what the checkpoints name)"""
+
     # average
-    coefficients: str = ""                          # one number a checkpoint, as in 0.5,0.8,-0.3; they must sum to 1 (default: all equal)
+    coefficients: str = ""
+    """one number a checkpoint, as in 0.5,0.8,-0.3, of sum 1 (default: all equal)"""
+
     # ema and rl
-    sigma_rel: str = "0.03,0.05,0.07,0.1,0.15,0.2"  # lengths of the average relative to the training; ema writes a folder for each
+    sigma_rel: str = "0.03,0.05,0.07,0.1,0.15,0.2"
+    """lengths of the average relative to the training; ema writes a folder for each"""
+
     # rl: the policy
-    blocks: bool = False                            # coefficients for each block of the network, not for the whole model
-    updates: int = 30                               # policy updates
-    group_size: int = 8                             # coefficient vectors an update, in mirrored pairs
-    std: float = 0.1                                # the policy's std at the start, in units of the checkpoints' rms distance from their mean
-    lr: float = 0.5                                 # step of the mean, in units of its std; log std takes a tenth of it
-    seed: int = 0                                   # of the policy and of the search's noise
+    blocks: bool = False
+    """coefficients for each block of the network, not for the whole model"""
+    updates: int = 30
+    """policy updates"""
+    group_size: int = 8
+    """coefficient vectors an update, in mirrored pairs"""
+    std: float = 0.1
+    """the policy's std at the start, in units of the checkpoints' rms distance from their mean"""
+    lr: float = 0.5
+    """step of the mean, in units of its std; log std takes a tenth of it"""
+    seed: int = 0
+    """of the policy and of the search's noise"""
+
     # rl: the reward
-    reward: str = "fid:1"                           # as train.py's
-    features: str = "reward"                        # as train.py's
-    target: str = ""                                # real pictures of the search (default: one half, the model folder's real-1.npz)
-    images: int = 210                               # pictures of each coefficient vector; a multiple of the prompts
-    reference: int = 1050                           # M, pictures of the mean's in the reference, of which `images` are replaced
-    prompts: str = ""                               # what is drawn (default: the model folder's prompts.jsonl)
+    reward: str = "fid:1"
+    """as train.py's"""
+    features: str = "reward"
+    """as train.py's"""
+    target: str = ""
+    """real pictures of the search (default: one half of them, the model folder's real-1.npz)"""
+    images: int = 210
+    """pictures of each coefficient vector; a multiple of the prompts"""
+    reference: int = 1050
+    """M, pictures of the mean's in the reference set, of which `images` are replaced"""
+    prompts: str = ""
+    """what is drawn (default: the model folder's prompts.jsonl)"""
+
     # rl: the table
-    report_target: str = ""                         # real pictures of the table (default: the other half, real-2.npz; with a --target, that one)
-    report_images: int = 5000                       # pictures of each row, at noise that no search has seen
-    report_seed: int = 1000                         # of that noise
+    report_target: str = ""
+    """real pictures of the table (default: the other half, real-2.npz; with --target, that one)"""
+    report_images: int = 5000
+    """pictures of each row, at noise that no search has seen"""
+    report_seed: int = 1000
+    """of that noise"""
+
     # rl: sampling, machine
-    steps: int = 10                                 # deterministic sampling steps
-    guidance: float = 1.0                           # classifier-free guidance
-    batch: int = 500                                # pictures in one forward: memory only
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the networks' forwards
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to run
+    steps: int = 10
+    """deterministic sampling steps"""
+    guidance: float = 1.0
+    """classifier-free guidance"""
+    batch: int = 500
+    """pictures in one forward: memory only"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the networks' forwards"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to run"""
+
+
+# --------------------------------------------------------------------------------------------------
+# Merging.
 
 
 def merge(state_dicts, coefficients):
-    """sum_k c_k theta_k, tensor by tensor: K mappings of the same names and shapes, coefficients [K] (or [1, K]) or [B, K] -> dict.
+    """sum_k c_k theta_k, tensor by tensor: K mappings of the same names -> dict.
 
-    Rows of [B, K] belong to the blocks in the order sorted({block_of(name)}). A checkpoint of coefficient 0 is not even read, so that a one-hot
-    merge is that checkpoint bit for bit; sums are float64 and come back in the widest type of the others. What is no floating-point number
-    (a counter) is taken from the checkpoint with the largest coefficient. Mappings may read lazily: one tensor of each is held at a time.
-    Raises ValueError naming the first entry that differs, or if a row does not sum to one.
+    coefficients: [K] (or [1, K]), or [B, K] with a row for each block in the order
+    sorted({block_of(name)}). Rows sum to one.
 
-    >>> merge([{"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([3.0, 5.0])}], [1.5, -0.5])    # beyond the first, away from the second
+    A checkpoint of coefficient 0 is not read, so a one-hot merge is that checkpoint bit for bit.
+    Sums are float64 and come back in the widest type of the others. What is not a floating-point
+    number (a counter) is taken from the checkpoint with the largest coefficient. Mappings may read
+    lazily: one tensor of each is held at a time. Raises ValueError naming the first entry that
+    differs, or if a row does not sum to one.
+
+    >>> one, three = {"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([3.0, 5.0])}
+    >>> merge([one, three], [1.5, -0.5])  # beyond the first, away from the second
     {'w': tensor([0., 5.])}
     """
-    first, c = state_dicts[0], torch.as_tensor(coefficients, dtype=torch.float64)
+    first = state_dicts[0]
     blocks = sorted({block_of(name) for name in first})
-    if c.shape not in ((len(state_dicts),), (1, len(state_dicts)), (len(blocks), len(state_dicts))):
-        raise ValueError(f"coefficients of the shape {tuple(c.shape)} for {len(state_dicts)} checkpoints and {len(blocks)} blocks")
-    if not ((c.sum(-1) - 1).abs() < 1e-6).all():
-        raise ValueError(f"coefficients sum to {c.sum(-1).flatten()[(c.sum(-1) - 1).abs().argmax()]:.6g}, not to 1")
-    for k, other in enumerate(state_dicts):
-        if odd := sorted({*first} ^ {*other}):
-            raise ValueError(f"checkpoint {k + 1}: {odd[0]} is in only one of it and the first")
+    c = torch.as_tensor(coefficients, dtype=torch.float64)
+    check_coefficients(c, len(state_dicts), len(blocks))
+    for number, other in enumerate(state_dicts, 1):
+        in_one_only = sorted(set(first) ^ set(other))
+        if in_one_only:
+            raise ValueError(
+                f"checkpoint {number}: {in_one_only[0]} is in only one of it and the first"
+            )
     rows = dict(zip(blocks, c.expand(len(blocks), -1).tolist()))
-    return {name: _merge_entry(name, state_dicts, rows[block_of(name)]) for name in first}
+    return {name: merge_entry(name, state_dicts, rows[block_of(name)]) for name in first}
 
 
-def _merge_entry(name, state_dicts, c):
-    total, types, shape = None, [], None
-    for k in sorted((k for k in range(len(c)) if c[k]), key=lambda k: -c[k]):
+def check_coefficients(c, K, B):
+    """Raises ValueError unless c is [K], [1, K] or [B, K] and each row sums to one."""
+    if c.shape not in ((K,), (1, K), (B, K)):
+        raise ValueError(
+            f"coefficients of the shape {tuple(c.shape)} for {K} checkpoints and {B} blocks"
+        )
+    sums = c.sum(-1).flatten()
+    error = (sums - 1).abs()
+    if not (error < 1e-6).all():
+        raise ValueError(f"coefficients sum to {sums[error.argmax()]:.6g}, not to 1")
+
+
+def merge_entry(name, state_dicts, c):
+    """One tensor of the merge, c a list of K numbers: the largest coefficients first."""
+    used = [k for k in range(len(c)) if c[k]]
+    used.sort(key=lambda k: -c[k])
+    total = None
+    types = []
+    for k in used:
         value = state_dicts[k][name]
-        if shape not in (None, value.shape):
-            raise ValueError(f"checkpoint {k + 1}: {name} has the shape {tuple(value.shape)}, another {tuple(shape)}")
         if not value.is_floating_point():
+            check_shape(name, k, value, total)
             return value.clone()
-        total = c[k] * value.double() if total is None else total.add_(value.double(), alpha=c[k])
-        shape, types = value.shape, types + [value.dtype]
+        check_shape(name, k, value, total)
+        types.append(value.dtype)
+        if total is None:
+            total = c[k] * value.double()
+        else:
+            total.add_(value.double(), alpha=c[k])
     return total.to(reduce(torch.promote_types, types))
 
 
-def directions(views, blocks=1, floor=0.01):
-    """Q [B, K - 1, K] for K checkpoints: the principal directions of the checkpoints about their mean, in the space of a block's weights.
+def check_shape(name, k, value, total):
+    """Raises ValueError if checkpoint k's tensor has another shape than the sum so far."""
+    if total is not None and value.shape != total.shape:
+        raise ValueError(
+            f"checkpoint {k + 1}: {name} has the shape {tuple(value.shape)}, "
+            f"another {tuple(total.shape)}"
+        )
 
-    A row sums to zero; a step of 1 along it moves the weights by the checkpoints' rms distance from their mean, whichever row. A direction in which
-    they differ less than `floor` times as much as in the first is left out: its row is zero. Tensors are read one at a time.
+
+# --------------------------------------------------------------------------------------------------
+# The policy over the coefficients: pure functions.
+
+
+def directions(views, blocks=1, floor=0.01):
+    """Q [B, K - 1, K]: the principal directions of K checkpoints about their mean, by block.
+
+    A row sums to zero, and a step of 1 along it moves the weights by the checkpoints' rms distance
+    from their mean, whichever row. A direction in which they differ less than `floor` times as much
+    as in the first is left out: its row is zero. Tensors are read one at a time.
     """
-    K, names = len(views), sorted({block_of(name) for name in views[0]})
-    gram, Q = torch.zeros(blocks, K, K, dtype=torch.float64), torch.zeros(blocks, K - 1, K, dtype=torch.float64)
+    K = len(views)
+    names = sorted({block_of(name) for name in views[0]})
+    gram = torch.zeros(blocks, K, K, dtype=torch.float64)
     for name in views[0]:
         if views[0][name].is_floating_point():
             x = torch.stack([view[name].double().flatten() for view in views])
-            gram[names.index(block_of(name)) if blocks > 1 else 0] += (x - x.mean(0)) @ (x - x.mean(0)).T
-    for b, (squares, vectors) in enumerate(map(torch.linalg.eigh, gram)):
-        kept = (squares > floor**2 * squares.max()) & (torch.arange(K) > 0)                   # the smallest is that of all alike, and only rounding
-        rows = (vectors[:, kept] * (squares.sum() / K / squares[kept]).sqrt()).T
-        rows = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()               # an eigenvector's sign is the library's whim
-        Q[b, :len(rows)] = (rows - rows.mean(1, keepdim=True)).flip(0)
+            centred = x - x.mean(0)
+            block = names.index(block_of(name)) if blocks > 1 else 0
+            gram[block] += centred @ centred.T
+
+    Q = torch.zeros(blocks, K - 1, K, dtype=torch.float64)
+    for block in range(blocks):
+        squares, vectors = torch.linalg.eigh(gram[block])
+        is_kept = squares > floor**2 * squares.max()
+        is_kept[0] = False  # the smallest is that of all alike, and only rounding
+        scale = (squares.sum() / K / squares[is_kept]).sqrt()
+        rows = (vectors[:, is_kept] * scale).T
+        # eigh returns an arbitrary sign; fix it.
+        largest = rows.abs().argmax(1, keepdim=True)
+        rows = rows * rows.gather(1, largest).sign()
+        Q[block, : len(rows)] = (rows - rows.mean(1, keepdim=True)).flip(0)
     return Q
 
 
 def coefficients_of(z, start, Q):
-    """z [..., B, K - 1], the origin start [K], of sum one, and directions Q [B, K - 1, K] -> c [..., B, K], of sum one."""
+    """c = c_0 + z Q: z [..., B, K - 1], start [K] of sum one, Q [B, K - 1, K] -> [..., B, K]."""
     return start + torch.einsum("...bi,bik->...bk", z, Q)
 
 
 def policy_step(mean, log_std, z, advantage, lr):
-    """One natural-gradient step of E[A] for z [G, ...] ~ N(mean, std^2), advantage [G] -> mean, log_std.
+    """One natural-gradient step of E[A] for z [G, ...] ~ N(mean, std^2) -> mean, log_std.
 
-    grad log N, times the inverse Fisher information, is std^2 (z - mean) / std^2 for the mean and ((z - mean)^2 / std^2 - 1) / 2 for log std:
-    in units of the policy's own std, so that one lr serves however far the search has narrowed.
+    grad log N times the inverse Fisher information is z - mean for the mean, and
+    ((z - mean)^2 / std^2 - 1) / 2 for log std. In units of the policy's own std one lr serves
+    however far the search has narrowed. advantage: [G].
     """
-    eps, A = (z - mean) / log_std.exp(), advantage.reshape(-1, *[1] * mean.dim()).double()
-    return mean + lr * log_std.exp() * (A * eps).mean(0), log_std + 0.1 * lr * (A * (eps**2 - 1)).mean(0) / 2
+    std = log_std.exp()
+    noise = (z - mean) / std
+    ones = [1] * mean.dim()
+    A = advantage.reshape(-1, *ones).double()
+    new_mean = mean + lr * std * (A * noise).mean(0)
+    new_log_std = log_std + 0.1 * lr * (A * (noise**2 - 1)).mean(0) / 2
+    return new_mean, new_log_std
 
 
-class Search:
-    """What a merge is worth by its pictures: the model, its checkpoints, prompts and reward, and the reference that subset-replace works on."""
+def distance_fall(members, new, replaced):
+    """What the distance falls by if features new [n, F] replace the members `replaced` [n].
 
-    def __init__(self, args, model, views, prompts):
-        self.args, self.model, self.views, self.prompts = args, model, views, prompts
-        self.reward, self.pool = Reward(args.reward, model.folder, model.device), None
-        if self.reward.distribution:
-            blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
-            reference_set = open_reference_set(self.reward.distribution, args.features, args.target, model.folder, args.reference, blank)
-            self.pool, self.measure = reference_set.members, reference_set.features
-            check_target(Path(args.report_target), self.measure(blank).shape[1])
-
-    def batches(self, c, numbers, count, key):
-        """Draws the pictures `numbers` of `count`, every prompt alike often, by the merge with coefficients c [K] or [B, K]: yields (b prompts, b pictures)."""
-        put(self.model.network, merge(self.views, c))
-        each = count // len(self.prompts)
-        for i, images in stream(self.model, self.prompts, each, numbers, self.args.steps, self.args.guidance, key, self.args.batch):
-            yield [self.prompts[n // each] for n in i.tolist()], images
-
-    def features_of(self, c, count, key):
-        """Features [count, D] of the merge's pictures; each process draws its share."""
-        mine = [self.measure(images) for _, images in self.batches(c, processes.share(count), count, key)]
-        return processes.gather(torch.cat([self.pool.features[:0], *mine]), count)              # a process may have none
-
-    def group(self, candidates, count, key, pool, replaced):
-        """Reward terms {name: [G]} of coefficient vectors [G, B, K], all at the same noise and prompts; each process builds, samples and prices its own."""
-        mine, names, rows = processes.share(len(candidates)), [*self.reward.weights], []
-        for c in candidates[mine.start:mine.stop]:
-            terms, features = dict.fromkeys(names, 0.0), []
-            for who, images in self.batches(c, range(count), count, key):
-                for name, values in self.reward(images, [p.text for p in who], [p.metadata for p in who]).items():
-                    terms[name] += values.double().sum().item() / count
-                features += [self.measure(images)] if pool else []
-            if pool:
-                terms[self.reward.distribution] = fall(pool, torch.cat(features), replaced)
-            rows.append([*terms.values()])
-        rows = torch.tensor(rows, dtype=torch.float64, device=self.model.device).reshape(-1, len(names))
-        return dict(zip(names, processes.gather(rows, len(candidates)).T.cpu()))
-
-    def advantage(self, terms):
-        """Reward terms {name: [G]} -> [G]: each centred, in units of its own std over the group, then weighted."""
-        index = torch.arange(len(next(iter(terms.values()))))[None]
-        return sum(weight * group_advantage(terms[name][None], index)[0] for name, weight in self.reward.weights.items())
-
-
-def fall(pool, new, replaced):
-    """What the distance falls by if features new [n, D] take the place of the members `replaced` [n]; times M / n, as if all M changed so."""
-    if len(new) < len(pool.features):
-        return len(pool.features) / len(new) * pool.price(new[None], replaced, "exact").item()
-    changed = copy.deepcopy(pool)                                        # of all, a price would need M^2 numbers
+    Times M / n, as if all M members changed so.
+    """
+    M = len(members.features)
+    if len(new) < M:
+        return M / len(new) * members.price(new[None], replaced, "exact").item()
+    changed = copy.deepcopy(members)  # a price of all M would need M^2 numbers
     changed.refresh(new)
-    return pool.value() - changed.value()
+    return members.value() - changed.value()
 
 
 def members_of(update, n, M, P):
-    """Which n of the M members an update replaces -> [n]: the next n / P of each of the P prompts, which both lists hold one after another. A new
-    picture takes the place of one with its prompt, or the mixture of prompts in the reference would change, and be priced."""
+    """Which n of the M members an update replaces -> [n]: the next n / P of each prompt.
+
+    Pictures of a prompt stand one after another. A new picture takes the place of one of its
+    prompt; else the mixture of prompts in the reference would change, and be priced.
+    """
     slots = (update * (n // P) + torch.arange(n // P)) % (M // P)
-    return (torch.arange(P)[:, None] * (M // P) + slots).flatten()
+    first_of_prompt = torch.arange(P)[:, None] * (M // P)
+    return (first_of_prompt + slots).flatten()
 
 
-def search(args, task, blocks, fixed, log, interrupt):
-    """The policy's updates, each beside as many random vectors; both start from the best of `fixed`, {name: coefficients [K]}, by its own M pictures.
-    -> final coefficients [B, K], {name: those of the best rivals}; None if stopped."""
-    G, n, M, shape, out = args.group_size, args.images, args.reference, (blocks, len(task.views) - 1), Path(args.out)
-    zeros = lambda *size: torch.zeros(*size, dtype=torch.float64)
-    names, pool_key = [*task.reward.weights], (POOL_STREAM, args.seed)
-    own = {"mean": zeros(shape), "log_std": zeros(shape) + math.log(args.std), "fixed": zeros(len(names), len(fixed)), "random": zeros(len(names), args.updates * G),
-           "directions": zeros(*shape, shape[1] + 1)}
-    everything = own | (task.pool.state() if task.pool else {})
-    draw = lambda stream, update, size: seeded_noise((stream, args.seed, update), range(size), shape).double()
-    newest, state = files.newest_checkpoint(out)
-    guards.check_start(out, state["step"], task.model.device)
-    if newest:
-        files.load_checkpoint(newest, everything)
-    else:
-        if task.pool:                                                    # every rival is priced by replacing all of one reference
-            task.pool.refresh(task.features_of(fixed["uniform average"], M, pool_key))
-        terms = task.group(torch.stack(list(fixed.values()))[:, None], M, pool_key, task.pool, torch.arange(M))
-        own["fixed"].copy_(torch.stack([terms[name] for name in names]))
-        own["directions"].copy_(directions(task.views, blocks))
-    worth = dict(zip(fixed, task.advantage(dict(zip(names, own["fixed"]))).tolist()))
-    start, first = fixed[max(worth, key=worth.get)], copy.deepcopy(task.pool)                 # c_0; its pictures, unchanged, for the random vectors
-    if task.pool:
-        first.refresh(task.features_of(start, M, pool_key))
-        newest or task.pool.refresh(first.features)
-    for update in tqdm(range(state["step"], args.updates), initial=state["step"], total=args.updates, disable=processes.rank() > 0, desc="merge rl"):
-        began, members, key = time.time(), members_of(update, n, M, len(task.prompts)), (SEARCH_STREAM, args.seed, update)
-        # ------------------------------------------------ the policy
-        noise = draw(POLICY_STREAM, update, G // 2)
-        z = own["mean"] + own["log_std"].exp() * torch.cat([noise, -noise])                   # mirrored pairs: [G, B, K - 1]
-        terms = task.group(coefficients_of(z, start, own["directions"]), n, key, task.pool, members)
-        for name, value in zip(("mean", "log_std"), policy_step(own["mean"], own["log_std"], z, task.advantage(terms), args.lr)):
-            own[name].copy_(value)
-        c = coefficients_of(own["mean"], start, own["directions"])
-        if task.pool:                                                    # the mean's pictures, at the noise that the group had
-            task.pool.replace(members, task.features_of(c, n, key))
-        # ------------------------------------------------ its rival at equal cost: random vectors, one noise and one reference for all
-        tried = coefficients_of(args.std * draw(RANDOM_STREAM, update, G), start, own["directions"])
-        tried = task.group(tried, n, (SEARCH_STREAM, args.seed, 0), first, members_of(0, n, M, len(task.prompts)))
-        own["random"][:, update * G:(update + 1) * G] = torch.stack([tried[name] for name in names])
-        log.write({"update": update + 1} | {f"reward/{name}": value.mean().item() for name, value in terms.items()}
-                  | ({"reference": task.pool.value()} if task.pool else {}) | {"coefficients": c.tolist(), "std": own["log_std"].exp().mean(1).tolist(),
-                  "sum_error": (c.sum(1) - 1).abs().max().item(), "seconds": time.time() - began})
-        files.save_checkpoint(out, update + 1, everything, None, log.lines, 2)
-        if interrupt.asked(task.model.device):
+# --------------------------------------------------------------------------------------------------
+# The search.
+
+
+class Merges:
+    """What merges of the checkpoints are worth by their pictures.
+
+    It holds the model, the checkpoints, the prompts, the reward and its reference set.
+    """
+
+    def __init__(self, args, model, views, prompts):
+        self.args = args
+        self.model = model
+        self.views = views
+        self.prompts = prompts
+        self.reward = Reward(args.reward, model.folder, model.device)
+        self.reference_set = None
+        if self.reward.distribution:
+            blank = self.blank()
+            self.reference_set = open_reference_set(
+                self.reward.distribution,
+                args.features,
+                args.target,
+                model.folder,
+                args.reference,
+                blank,
+            )
+            D = self.reference_set.features(blank).shape[1]
+            check_target(Path(args.report_target), D)
+
+    @property
+    def members(self):
+        """The reference set's members, or None."""
+        return self.reference_set.members if self.reference_set else None
+
+    def blank(self):
+        """One picture [1, 3, H, W] as the model makes them."""
+        return self.model.decode(torch.zeros(1, *self.model.shape, device=self.model.device))
+
+    def batches(self, c, numbers, count, key):
+        """Draws the pictures `numbers` of `count` by the merge with c [K] or [B, K].
+
+        Every prompt has equally many. Yields (b prompts, b pictures).
+        """
+        args = self.args
+        put(self.model.network, merge(self.views, c))
+        each = count // len(self.prompts)
+        drawn = stream(
+            self.model, self.prompts, each, numbers, args.steps, args.guidance, key, args.batch
+        )
+        for batch_numbers, images in drawn:
+            yield [self.prompts[number // each] for number in batch_numbers.tolist()], images
+
+    def features_of(self, c, count, key):
+        """Features [count, F] of a merge's pictures; each process draws its share."""
+        features = [self.members.features[:0]]  # a process may have no picture
+        for _, images in self.batches(c, processes.share(count), count, key):
+            features.append(self.reference_set.features(images))
+        return processes.gather(torch.cat(features), count)
+
+    def worth(self, c, count, key, members, replaced):
+        """Rewards {name: number} of one merge: means over its pictures, and the distance's fall."""
+        totals = dict.fromkeys(self.reward.weights, 0.0)
+        features = []
+        for prompts, images in self.batches(c, range(count), count, key):
+            texts = [prompt.text for prompt in prompts]
+            metadata = [prompt.metadata for prompt in prompts]
+            for name, values in self.reward(images, texts, metadata).items():
+                totals[name] += values.double().sum().item() / count
+            if members:
+                features.append(self.reference_set.features(images))
+        if members:
+            fall = distance_fall(members, torch.cat(features), replaced)
+            totals[self.reward.distribution] = fall
+        return totals
+
+    def group(self, candidates, count, key, members, replaced):
+        """Rewards {name: [G]} of candidates c [G, B, K], at the same noise and prompts.
+
+        Each process builds, draws and prices its own candidates. members: the reference set that
+        prices (None: no such reward), of which `replaced` [count] change.
+        """
+        names = list(self.reward.weights)
+        share = processes.share(len(candidates))
+        rows = []
+        for c in candidates[share.start : share.stop]:
+            totals = self.worth(c, count, key, members, replaced)
+            rows.append([totals[name] for name in totals])
+        rows = torch.tensor(rows, dtype=torch.float64, device=self.model.device)
+        rows = processes.gather(rows.reshape(-1, len(names)), len(candidates))  # [G, names]
+        return dict(zip(names, rows.T.cpu()))
+
+    def advantage(self, rewards):
+        """Rewards {name: [G]} -> [G]: each centred, in units of its std, then weighted."""
+        total = 0
+        for name, weight in self.reward.weights.items():
+            values = rewards[name][None]  # one group
+            index = torch.arange(values.shape[1])[None]
+            total = total + weight * group_advantage(values, index)[0]
+        return total
+
+
+class Search:
+    """The policy's updates, each beside as many random vectors at equal cost.
+
+    Both start from the best of `fixed`, {name: coefficients [K]}, by its own M pictures.
+    """
+
+    def __init__(self, args, merges, blocks, fixed):
+        G, K = args.group_size, len(merges.views)
+        self.args = args
+        self.merges = merges
+        self.fixed = fixed
+        self.shape = (blocks, K - 1)
+        self.names = list(merges.reward.weights)
+        count = len(self.names)
+        self.state = {
+            "mean": zeros(self.shape),
+            "log_std": zeros(self.shape) + math.log(args.std),
+            "fixed": zeros((count, len(fixed))),  # rewards of the fixed merges
+            "random": zeros((count, args.updates * G)),  # rewards of the random vectors
+            "directions": zeros((blocks, K - 1, K)),
+        }
+        self.tensors = self.state
+        if merges.members:
+            self.tensors = self.state | merges.members.state()
+
+    def draw(self, stream, update, count):
+        """Standard normal vectors [count, B, K - 1]."""
+        key = (stream, self.args.seed, update)
+        return seeded_noise(key, range(count), self.shape).double()
+
+    def coefficients(self, z):
+        """z [..., B, K - 1] -> c [..., B, K]."""
+        return coefficients_of(z, self.start, self.state["directions"])
+
+    def rewards_of(self, name):
+        """The kept rewards of the fixed or the random merges -> {name: [...]}."""
+        return dict(zip(self.names, self.state[name]))
+
+    def begin(self, checkpoint):
+        """Chooses c_0 and its reference set; of a new search, after pricing the fixed merges."""
+        args, merges, members = self.args, self.merges, self.merges.members
+        M = args.reference
+        key = (REFERENCE_STREAM, args.seed)
+        if checkpoint:
+            files.load_checkpoint(checkpoint, self.tensors)
+        else:
+            # Every fixed merge is priced by replacing all of one reference set.
+            if members:
+                members.refresh(merges.features_of(self.fixed["uniform average"], M, key))
+            candidates = torch.stack(list(self.fixed.values()))[:, None]
+            rewards = merges.group(candidates, M, key, members, torch.arange(M))
+            self.state["fixed"].copy_(torch.stack([rewards[name] for name in self.names]))
+            self.state["directions"].copy_(directions(merges.views, self.shape[0]))
+
+        worth = merges.advantage(self.rewards_of("fixed")).tolist()
+        self.worth = dict(zip(self.fixed, worth))
+        self.start = self.fixed[max(self.worth, key=self.worth.get)]
+        # The pictures of c_0 stay as they are for the random vectors.
+        self.start_members = copy.deepcopy(members)
+        if members:
+            self.start_members.refresh(merges.features_of(self.start, M, key))
+            if not checkpoint:
+                members.refresh(self.start_members.features)
+
+    def step(self, update):
+        """One update of the policy -> metrics."""
+        args, merges, state = self.args, self.merges, self.state
+        members, n = merges.members, args.images
+        replaced = members_of(update, n, args.reference, len(merges.prompts))
+        key = (SEARCH_STREAM, args.seed, update)
+
+        # A group of coefficients, in mirrored pairs, and what they are worth.
+        noise = self.draw(POLICY_STREAM, update, args.group_size // 2)
+        z = state["mean"] + state["log_std"].exp() * torch.cat([noise, -noise])  # [G, B, K - 1]
+        rewards = merges.group(self.coefficients(z), n, key, members, replaced)
+
+        # A step towards the better ones.
+        advantage = merges.advantage(rewards)
+        mean, log_std = policy_step(state["mean"], state["log_std"], z, advantage, args.lr)
+        state["mean"].copy_(mean)
+        state["log_std"].copy_(log_std)
+        c = self.coefficients(state["mean"])  # [B, K]
+        if members:  # the mean's pictures, at the noise that the group had
+            members.replace(replaced, merges.features_of(c, n, key))
+        self.try_random(update)
+
+        metrics = {"update": update + 1}
+        for name, value in rewards.items():
+            metrics[f"reward/{name}"] = value.mean().item()
+        if members:
+            metrics["reference"] = members.value()
+        metrics["coefficients"] = c.tolist()
+        metrics["std"] = state["log_std"].exp().mean(1).tolist()
+        metrics["sum_error"] = (c.sum(1) - 1).abs().max().item()
+        return metrics
+
+    def random_coefficients(self, update):
+        """The random vectors that stand beside an update's group -> c [G, B, K]."""
+        z = self.args.std * self.draw(RANDOM_STREAM, update, self.args.group_size)
+        return self.coefficients(z)
+
+    def try_random(self, update):
+        """As many random vectors as the group has, all at one noise and one reference set."""
+        args, merges, G = self.args, self.merges, self.args.group_size
+        rewards = merges.group(
+            self.random_coefficients(update),
+            args.images,
+            (SEARCH_STREAM, args.seed, 0),
+            self.start_members,
+            members_of(0, args.images, args.reference, len(merges.prompts)),
+        )
+        columns = slice(update * G, (update + 1) * G)
+        self.state["random"][:, columns] = torch.stack([rewards[name] for name in self.names])
+
+    def best_of(self, names):
+        """The fixed merge that is worth most."""
+        return max(names, key=self.worth.get)
+
+    def found(self):
+        """The rivals' best and what the policy found -> {name: coefficients}."""
+        rows = {}
+        single = self.best_of(list(self.fixed)[: len(self.merges.views)])
+        rows[f"best single checkpoint ({single})"] = self.fixed[single]
+        rows["uniform average"] = self.fixed["uniform average"]
+        lengths = [name for name in self.fixed if name.startswith("EMA ")]
+        if lengths:
+            best = self.best_of(lengths)
+            rows[f"best post-hoc {best}"] = self.fixed[best]
+        G = self.args.group_size
+        number = int(self.merges.advantage(self.rewards_of("random")).argmax())
+        rows["random search"] = self.random_coefficients(number // G)[number % G]
+        rows["RL"] = self.coefficients(self.state["mean"])
+        return rows
+
+
+def zeros(shape):
+    """float64 zeros."""
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def search(args, merges, blocks, fixed, log, interrupt):
+    """Runs the search, or what is left of it -> {name: coefficients}; None if it was stopped."""
+    out = Path(args.out)
+    task = Search(args, merges, blocks, fixed)
+    checkpoint, state = files.newest_checkpoint(out)
+    device = merges.model.device
+    guards.check_start(out, state["step"], device)
+    task.begin(checkpoint)
+    updates = tqdm(
+        range(state["step"], args.updates),
+        initial=state["step"],
+        total=args.updates,
+        disable=processes.rank() > 0,
+        desc="merge rl",
+    )
+    for update in updates:
+        began = time.time()
+        metrics = task.step(update)
+        metrics["seconds"] = time.time() - began
+        log.write(metrics)
+        files.save_checkpoint(out, update + 1, task.tensors, None, log.lines, 2)
+        if interrupt.asked(device):
             return None
-    best = lambda among: max(among, key=worth.get)
-    single, lengths = best([*fixed][:len(task.views)]), [name for name in fixed if name.startswith("EMA ")]
-    chosen = {f"best single checkpoint ({single})": fixed[single], "uniform average": fixed["uniform average"]}
-    chosen |= {f"best post-hoc {best(lengths)}": fixed[best(lengths)]} if lengths else {}
-    at = int(task.advantage(dict(zip(names, own["random"]))).argmax())
-    chosen["random search"] = coefficients_of(args.std * draw(RANDOM_STREAM, at // G, G)[at % G], start, own["directions"])
-    return coefficients_of(own["mean"], start, own["directions"]), chosen
+    return task.found()
 
 
-def report(args, task, base, judged, rows):
-    """The table: each row's merge judged by fresh pictures, against --report_target: the half of the real ones that no search has seen, unless
-    --target alone was given. -> markdown lines"""
-    lines, real, folder, who = [], None, task.model.folder, [p for p in judged for _ in range(args.report_images // len(judged))]
-    if task.pool:
-        *real, _ = load_target(Path(args.report_target), task.measure, task.model.decode(torch.zeros(1, *task.model.shape, device=task.model.device)))
-    other = "reward" if args.features == "evaluator" else "evaluator"    # who has not been searched by
-    judge = evaluation.Judge(folder, other, task.model.device, "real-2.npz") if (folder / other).is_dir() else None
+# --------------------------------------------------------------------------------------------------
+# The table.
+
+
+def report(args, merges, base, eval_prompts, rows):
+    """Each row's merge judged by fresh pictures, {name: coefficients, or None: the base}.
+
+    The real pictures are those of --report_target, the half that no search has seen unless
+    --target alone was given. base: the base's tensors. -> markdown
+    """
+    model = merges.model
+    other = "reward" if args.features == "evaluator" else "evaluator"  # it was not searched by
+    judge = None
+    if (model.folder / other).is_dir():
+        judge = evaluation.Judge(model.folder, other, model.device, "real-2.npz")
+    target = None
+    if merges.reference_set:
+        mu, sigma, _ = load_target(
+            Path(args.report_target), merges.reference_set.features, merges.blank()
+        )
+        target = (mu, sigma)
+
+    lines = []
     for name, c in rows.items():
-        put(task.model.network, base if c is None else merge(task.views, c))
-        images = picture_sets.generate(task.model, judged, args.report_images // len(judged), args.steps, args.guidance, args.report_seed, args.batch)
-        paid = task.reward(images, [p.text for p in who], [p.metadata for p in who])
-        scores = {f"reward {name}": value.double().mean().item() for name, value in paid.items()}
-        if task.pool:
-            found = torch.cat([task.measure(x) for x in images.split(args.batch)])
-            scores["FD, searched features"] = dist_reward.frechet_distance(*dist_reward.moments(found), *real)
-        if judge:
-            found = evaluation.score(images, [p.metadata["label"] for p in judged], judge.network, judge.real)
-            scores |= {"FD, held-out features": found["fid"], "Vendi": found["vendi"], "accuracy": found["accuracy"]}
-        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in scores.values()) + " |")
-    return "\n".join(["| merge | " + " | ".join(scores) + " |", "|---" * (1 + len(scores)) + "|", *lines])
+        put(model.network, base if c is None else merge(merges.views, c))
+        scores = judged(args, merges, eval_prompts, judge, target)
+        cells = [f"{value:.3f}" for value in scores.values()]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    head = "| " + " | ".join(["merge", *scores]) + " |"
+    rule = "|---" * (1 + len(scores)) + "|"
+    return "\n".join([head, rule, *lines])
+
+
+def judged(args, merges, eval_prompts, judge, target):
+    """The table's numbers for the network as it is now -> {column: number}."""
+    each = args.report_images // len(eval_prompts)
+    images = generate(
+        merges.model,
+        eval_prompts,
+        each,
+        args.steps,
+        args.guidance,
+        args.report_seed,
+        args.batch,
+    )
+    prompts = [prompt for prompt in eval_prompts for _ in range(each)]
+    texts = [prompt.text for prompt in prompts]
+    metadata = [prompt.metadata for prompt in prompts]
+
+    scores = {}
+    for name, value in merges.reward(images, texts, metadata).items():
+        scores[f"reward {name}"] = value.double().mean().item()
+    if target:
+        parts = [merges.reference_set.features(part) for part in images.split(args.batch)]
+        mu, sigma = dist_reward.moments(torch.cat(parts))
+        scores["FD, searched features"] = dist_reward.frechet_distance(mu, sigma, *target)
+    if judge:
+        labels = [prompt.metadata["label"] for prompt in eval_prompts]
+        found = evaluation.score(images, labels, judge.network, judge.real)
+        scores["FD, held-out features"] = found["fid"]
+        scores["Vendi"] = found["vendi"]
+        scores["accuracy"] = found["accuracy"]
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands.
 
 
 @record
 def main(argv=None):
+    """The command: checks everything, then merges or searches."""
     args = flags.parse_args(Args, __doc__, argv)
     with flags.refusing():
-        args, folder, views, prompts, judged = check_merge(args, Args(args.command, args.checkpoints))
+        default = Args(args.command, args.checkpoints)
+        args, folder, views, prompts, eval_prompts = check_merge(args, default)
     with guards.writing(args.out):
         if args.command == "rl":
-            rl(args, folder, views, prompts, judged)
+            rl(args, folder, views, prompts, eval_prompts)
         elif processes.rank() == 0:
             average(args, folder, views)
     processes.finish()
 
 
 def average(args, folder, views):
-    """`average` and `ema`: the merged model in args.out; of several lengths a folder of each there, beside a config.json, by which the same
-    command knows it again and makes those that are missing."""
-    lengths, out = numbers("sigma_rel", args.sigma_rel), Path(args.out)
-    rows = sweep(views, lengths) if args.command == "ema" else [numbers("coefficients", args.coefficients) or [1 / len(views)] * len(views)]
+    """`average` and `ema`: the merged model in args.out, or one of each length in folders there.
+
+    Beside several lies config.json, so that the same command makes those that are missing.
+    """
+    lengths = numbers("sigma_rel", args.sigma_rel)
+    rows = [numbers("coefficients", args.coefficients) or [1 / len(views)] * len(views)]
+    if args.command == "ema":
+        rows = sweep(views, lengths)
     with flags.refusing():
         model = bases.load(str(folder))
-    (out if len(rows) > 1 else out.parent).mkdir(parents=True, exist_ok=True)
-    len(rows) > 1 and files.write_atomic(out / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=2) + "\n"))
-    for length, c in zip(lengths, rows):
-        folder = out / str(length) if len(rows) > 1 else out
-        if not folder.exists():
+
+    out = Path(args.out)
+    folders = [out]
+    if len(rows) > 1:
+        folders = [out / str(length) for length in lengths]
+        out.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(vars(args), indent=2) + "\n"
+        files.write_atomic(out / "config.json", lambda path: path.write_text(config))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, c in zip(folders, rows):
+        if not path.exists():
             put(model.network, merge(views, c))
-            files.save_model(folder, model)
-        print(f"{folder}: " + ", ".join(f"{x:.4f} {Path(p).stem or p}" for x, p in zip(c, args.checkpoints)))
+            files.save_model(path, model)
+        terms = [f"{x:.4f} {Path(p).stem or p}" for x, p in zip(c, args.checkpoints)]
+        print(f"{path}: " + ", ".join(terms))
 
 
-def rl(args, folder, views, prompts, judged):
-    """Search, table, plot and the merged model, in args.out."""
-    device, out = processes.start(args.device), Path(args.out)
+def rl(args, folder, views, prompts, eval_prompts):
+    """`rl`: search, table, plot and the merged model, in args.out."""
+    device = processes.start(args.device)
+    out = Path(args.out)
     blocks = len({block_of(name) for name in views[0]}) if args.blocks else 1
-    with flags.refusing():                                             # what the files hold, and a function gives, is known only now
-        model, base = bases.load(str(folder), device, args.precision), Weights(base_files.network_files(folder))
-        model.encode([p.text for p in prompts + judged])
-        task = Search(args, model, views, prompts)
+    with flags.refusing():  # some mistakes show only when files are read whole
+        model = bases.load(str(folder), device, args.precision)
+        base = Weights(network_files(folder))
+        model.encode([prompt.text for prompt in prompts + eval_prompts])
+        merges = Merges(args, model, views, prompts)
+
+    fixed = rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel))
     log = files.Log(out, vars(args), files.newest_checkpoint(out)[1]["lines"])
     with processes.Interrupt() as interrupt:
-        found = search(args, task, blocks, rivals(views, args.checkpoints, numbers("sigma_rel", args.sigma_rel)), log, interrupt)
-    c, rows = found or interrupt.leave(files.stopped(out, interrupt.signal))
-    table = report(args, task, Over({}, base, list(views[0])), judged, {"base model": None} | rows | {"RL": c})
-    put(model.network, merge(views, c))
+        found = search(args, merges, blocks, fixed, log, interrupt)
+    if found is None:
+        interrupt.leave(files.stopped(out, interrupt.signal))
+
+    base = Over({}, base, list(views[0]))
+    table = report(args, merges, base, eval_prompts, {"base model": None} | found)
+    put(model.network, merge(views, found["RL"]))
     files.save_model(out / "model", model)
     if processes.rank() == 0:
         files.write_atomic(out / "table.md", lambda path: path.write_text(table + "\n"))
-        compare.draw_coefficients(out, [Path(p).stem or p for p in args.checkpoints])
-        print(table, f"{out}: coefficients.png, table.md, and the merged model in model/", sep="\n")
+        names = [Path(path).stem or path for path in args.checkpoints]
+        compare.draw_coefficients(out, names)
+        print(table)
+        print(f"{out}: coefficients.png, table.md, and the merged model in model/")
+
+
 if __name__ == "__main__":
     main()

@@ -141,7 +141,7 @@ def transition(x_t, x0_hat, eps_hat, path, t, s, eta=1.0, kernel="ancestral"):
     s = torch.as_tensor(s, dtype=torch.float64, device=x_t.device)
     eta = torch.as_tensor(eta, dtype=torch.float64, device=x_t.device)
     if kernel == "flow-grpo":
-        return euler_maruyama(x_t, x0_hat, eps_hat, path, t, s, eta)
+        return euler_maruyama(x_t, eps_hat - x0_hat, path, t, s, eta)
 
     alpha_s = path.alpha(s)
     sigma_s = path.sigma(s)
@@ -157,8 +157,11 @@ def transition(x_t, x0_hat, eps_hat, path, t, s, eta=1.0, kernel="ancestral"):
     return mean, column(tau, x_t)
 
 
-def euler_maruyama(x_t, x0_hat, eps_hat, path, t, s, eta):
-    """Flow-GRPO's published step (arXiv 2505.05470, eq. 9), for flows only -> mean, std."""
+def euler_maruyama(x_t, velocity, path, t, s, eta):
+    """Flow-GRPO's published step (arXiv 2505.05470, eq. 9), for flows only -> mean, std.
+
+    velocity = eps_hat - x0_hat [B, ...].
+    """
     if abs(float(path.alpha(0.5) + path.sigma(0.5)) - 1) > 1e-6:
         raise ValueError(
             "kernel flow-grpo is defined for flows (alpha + sigma = 1) only; take ancestral or cps"
@@ -167,7 +170,6 @@ def euler_maruyama(x_t, x0_hat, eps_hat, path, t, s, eta):
     below = 1 - torch.where(t == 1, s, t)  # at t = 1 the published code takes the second time
     level = eta * torch.sqrt(t / below)
     correction = level**2 / (2 * t)
-    velocity = eps_hat - x0_hat
     drift = column((1 + level**2 * (1 - t) / (2 * t)) * dt, x_t)
     mean = column(1 + correction * dt, x_t) * x_t + drift * velocity
     return mean, column(level * torch.sqrt(-dt), x_t)

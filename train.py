@@ -555,8 +555,9 @@ def train(args, prompts, eval_prompts, interrupt):
         if run.is_due(iteration, args.eval_every):
             metrics |= evaluate(iteration)
         run.log(iteration, metrics)
+        run.save_results(iteration)
         stop = interrupt.asked(device)
-        run.save(iteration, stop)
+        run.save_checkpoint(iteration, stop)
         if stop:
             return
 

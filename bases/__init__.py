@@ -1,84 +1,145 @@
-"""The bases: load(name) and check(name)."""
+"""Base models by name: load(name) -> a Generator (generator.py), check(name) -> its folder.
+
+Names are those of files.py: a folder, a hub id, sit:FILE, edm2:FILE.
+"""
+
 import functools
-import torch
 from contextlib import nullcontext
+
+import torch
 from torch.utils.checkpoint import checkpoint
-from bases import edm2
-from bases import sit
+
+from bases import edm2, sit
 from bases.edm2 import EDM2Generator
-from bases.files import OWN, _check_channels, _check_part, _check_pipeline, class_names, locate, stated_heads
+from bases.files import (
+    OWN,
+    check_channels,
+    check_part,
+    check_pipeline,
+    class_names,
+    locate,
+    stated_heads,
+)
+from bases.generator import attention_kernel
 from bases.sit import SiTGenerator
 from bases.stable_diffusion import StableDiffusion, StableDiffusion3
+from support.compiling import compile_network, recompute_context
 
-def load(name, device="cpu", precision="float32", checkpointing=False, decode_batch=8, compile=False):
-    """Loads a model for training: weights in float32, forwards under bfloat16 autocast if precision says so.
 
-    checkpointing: recompute in the backward instead of keeping activations; decode_batch: pictures that the VAE decodes at once. Both
-    are for memory only. compile: by torch.compile, in place, so that no name of a weight changes. Raises ValueError, in one line, as
-    `check` does, or if the weights turn out not to be those of their config.
+def load(
+    name,
+    device="cpu",
+    precision="float32",
+    checkpointing=False,
+    decode_batch=8,
+    compile=False,
+):
+    """Loads a base for training: weights in float32, forwards in `precision` (see generator.py).
+
+    checkpointing: recompute activations in the backward; decode_batch: pictures that the VAE
+    decodes at once. Both change memory only. compile: by torch.compile, in place. Raises
+    ValueError, in one line, as `check` does, or if the weights are not those of their config.
     """
     check(name)
     kind, folder, file, guide = locate(name)
-    adapter = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusion3Pipeline": StableDiffusion3, "sit": SiTGenerator, "edm2": EDM2Generator}[kind]
-    model = adapter(file or folder, torch.device(device), precision, decode_batch, *([guide] if guide else []))
+    options = (torch.device(device), precision, decode_batch)
+    if kind == "StableDiffusionPipeline":
+        model = StableDiffusion(folder, *options)
+    elif kind == "StableDiffusion3Pipeline":
+        model = StableDiffusion3(folder, *options)
+    elif kind == "sit":
+        model = SiTGenerator(file, *options)
+    else:
+        model = EDM2Generator(file, *options, guide)
     if compile:
-        # Rollout and update are two graphs and must round nearly alike: to bfloat16 where the plain network does, and each size of a batch by itself.
-        torch._dynamo.config.recompile_limit = 64                        # not 8: a size beyond it would go through the plain network, which rounds otherwise
-        model.network.compile(dynamic=False, options={"emulate_precision_casts": True})
+        compile_network(model.network)
     if checkpointing:
-        recompute(model.network, model.attention)
+        # No bound method here: a copy of the network would copy the whole model with it.
+        attention = functools.partial(attention_kernel, model.device, model.precision)
+        recompute(model.network, attention)
     return model
 
 
 def recompute(network, attention=nullcontext):
-    """Has a network keep only what goes into its blocks, and compute their activations again in the backward, within attention()."""
-    again = functools.partial(_again, attention)
-    blocks = [module for module in network.modules() if isinstance(module, (sit.Block, edm2.Block))]
-    for block in blocks:
-        block.forward = functools.partial(_recomputed, again, block.forward)    # a bound method in a partial: deepcopy binds it to the copy
-    if not blocks:
+    """Keeps only the inputs of a network's blocks, in place: activation checkpointing.
+
+    The backward computes the blocks' activations again, within the context attention().
+    """
+    again = functools.partial(_checkpointed, attention)
+    own_blocks = []
+    for module in network.modules():
+        if isinstance(module, (sit.Block, edm2.Block)):
+            own_blocks.append(module)
+    for block in own_blocks:
+        # A bound method within a partial: deepcopy binds it to the copy of the block.
+        block.forward = functools.partial(_forward, again, block.forward)
+    if not own_blocks:  # a network of diffusers
         network.enable_gradient_checkpointing(again)
 
 
-def _again(attention, *call):
-    within = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), attention())}      # a compiler takes none, and needs none
-    return checkpoint(*call, use_reentrant=False, **within)
+def _checkpointed(attention, block, *inputs):
+    """block(*inputs), whose backward computes it again."""
+    context = recompute_context(attention)
+    return checkpoint(block, *inputs, use_reentrant=False, **context)
 
 
-def _recomputed(again, forward, *inputs):
-    return again(forward, *inputs) if torch.is_grad_enabled() else forward(*inputs)
+def _forward(again, forward, *inputs):
+    """A block's forward: checkpointed where there is a backward to come."""
+    if torch.is_grad_enabled():
+        return again(forward, *inputs)
+    return forward(*inputs)
 
 
 def check(name):
-    """Raises ValueError, in one line, if `name` is not a model that `load` can read. Returns its folder.
+    """Raises ValueError, in one line, if `name` is not a model that `load` can read -> its folder.
 
-    Of safetensors and .pt files only the headers are read; a .pkl has none, so it is read whole (and nothing in it is run).
+    Of safetensors and .pt files only the headers are read. A .pkl has none, so it is read whole;
+    nothing in it is run.
     """
     try:
         kind, folder, file, guide = locate(name)
-        if kind in OWN:
-            _check_own(kind, folder, file, guide)
+        if kind not in OWN:
+            check_pipeline(folder, kind)
+        elif kind == "sit":
+            config = sit.check(file, stated_heads(file))
+            _check_beside(file, config["in_channels"], config["num_classes"], "sd-vae-ft-ema")
         else:
-            _check_pipeline(folder, kind)
+            config = _check_edm2(file, guide)
+            _check_beside(file, config["img_channels"], config["label_dim"], "sd-vae-ft-mse")
     except (ValueError, OSError) as error:
         raise ValueError(f"--model {name}: {error}") from None
     return folder
 
 
-def _check_own(kind, folder, file, guide):
-    if kind == "sit":
-        config = sit.check(file, stated_heads(file))
-        channels, classes, vae = config["in_channels"], config["num_classes"], "stabilityai/sd-vae-ft-ema"
-    else:
-        config = edm2.check(file)[1]
-        channels, classes, vae = config["img_channels"], config["label_dim"], "stabilityai/sd-vae-ft-mse"
-        other = edm2.check(guide)[1] if guide else config
+def _check_edm2(file, guide):
+    """The arguments of EDM2 in a file, and whether those of its guide, if any, fit them."""
+    _, config = edm2.check(file)
+    if guide:
+        _, guide_config = edm2.check(guide)
         for key in ("img_resolution", "img_channels", "label_dim"):
-            if other[key] not in (config[key], 0):                       # without classes it is the unconditional network
-                raise ValueError(f"{guide}: has {key} {other[key]}, and {file.name} {config[key]}; give a guide of the same data")
+            # A guide without classes is the unconditional network.
+            if guide_config[key] not in (config[key], 0):
+                raise ValueError(
+                    f"{guide}: has {key} {guide_config[key]}, and {file.name} {config[key]}; "
+                    "give a guide of the same data"
+                )
+    return config
+
+
+def _check_beside(file, channels, classes, vae_name):
+    """What lies beside the file of a class-conditional network: vae/ and perhaps classes.txt.
+
+    vae_name: the VAE of the published networks, on the hub.
+    """
     if not classes:
-        raise ValueError(f"{file}: has no classes, which are its prompts here; give a class-conditional network")
-    if not (folder / "vae").is_dir():
-        raise ValueError(f"{folder / 'vae'} is missing, which decodes its latents; get it by hf download {vae} --local-dir {folder / 'vae'}")
-    _check_channels(channels, _check_part(folder / "vae"))
-    class_names(folder, classes)
+        raise ValueError(
+            f"{file}: has no classes, which are its prompts here; give a class-conditional network"
+        )
+    vae = file.parent / "vae"
+    if not vae.is_dir():
+        raise ValueError(
+            f"{vae} is missing, which decodes its latents; "
+            f"get it by hf download stabilityai/{vae_name} --local-dir {vae}"
+        )
+    check_channels(channels, check_part(vae))
+    class_names(file.parent, classes)

@@ -1,124 +1,204 @@
-"""LoRA: a small trainable change of frozen layers, W + alpha / r B A (arXiv 2106.09685), by hand.
+"""LoRA: a small trainable change of frozen layers, W + alpha / r B A (arXiv 2106.09685, eq. 3).
 
-A is r x in and small random numbers, B is out x r and starts at zero, so that the first forward is the base's. Both become children
-of the layer they change: `to_q.lora_A.weight` stands beside `to_q.weight`, and no name of the base changes.
-A linear layer gets alpha / r B (A x) added to its output, which keeps no matrix of W's size for the backward. A layer of EDM2 counts
-by its weight's direction alone, so there the change goes into the weight, before it is normalised: the same as in the merged network.
-Left out: 3 x 3 convolutions, text encoders, several LoRAs at once.
+A is [r, in] and starts as small random numbers; B is [out, r] and starts at zero, so the first
+forward is the base's. Both become children of the layer they change: `to_q.lora_A.weight` stands
+beside `to_q.weight`, and no name of the base changes.
+A linear layer gets alpha / r B (A x) added to its output, so no matrix of W's size is kept for the
+backward. An EDM2 layer normalises its weight, so it adds alpha / r B A to the weight before that.
+Left out on purpose: 3 x 3 convolutions, text encoders, several LoRAs at once.
 """
+
 import math
-import torch
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 from safetensors.torch import save_file
 from torch import nn
-from types import SimpleNamespace
-from bases.edm2 import Layer
+
 from support.sharding import whole
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",       # attention of diffusers
-           "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",                         # and its feed-forward
-           "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "attn_qkv", "attn_proj")                           # SiT; EDM2
-PREFIX = {"UNet2DConditionModel": "unet.", "SD3Transformer2DModel": "transformer.", "SiT": "transformer.", "EDM2": "unet."}
+# The ends of the names of the layers that get a LoRA.
+TARGETS = (
+    # diffusers' attention
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    # diffusers' feed-forward layers
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+    # SiT
+    "attn.qkv",
+    "attn.proj",
+    "mlp.fc1",
+    "mlp.fc2",
+    # EDM2
+    "attn_qkv",
+    "attn_proj",
+)
+
+# What diffusers puts before a layer's name in a LoRA file, by the class of the network.
+PREFIX = {
+    "UNet2DConditionModel": "unet.",
+    "SD3Transformer2DModel": "transformer.",
+    "SiT": "transformer.",
+    "EDM2": "unet.",
+}
 
 
-class LoraLayer(Layer):
-    """EDM2's layer with its change, if there is one now, in the weight."""
-
-    def forward(self, x, gain=1.0):
-        weight = self.weight + change(self) if self.lora_on else self.weight
-        return Layer.forward(SimpleNamespace(weight=weight), x, gain)
-
-
-def change(layer):
+def weight_change(layer):
     """alpha / r B A, in the shape of the layer's weight."""
-    return (layer.lora_scale * (layer.lora_B.weight @ layer.lora_A.weight)).reshape(layer.weight.shape)
+    product = layer.lora_B.weight @ layer.lora_A.weight
+    return (layer.lora_scale * product).reshape(layer.weight.shape)
 
 
-def add_change(layer, args, output):
-    """The forward hook of a linear layer. No output of its own means: leave it as it is."""
-    return output + layer.lora_scale * layer.lora_B(layer.lora_A(args[0])) if layer.lora_on else None
+def add_output_change(layer, inputs, output):
+    """Forward hook of a linear layer: adds alpha / r B (A x) while the LoRA is on."""
+    if not layer.lora_on:
+        return output
+    return output + layer.lora_scale * layer.lora_B(layer.lora_A(inputs[0]))
 
 
-def changed(network):
-    """The layers that have a LoRA, by name."""
+def lora_layers(network):
+    """The layers that have a LoRA -> {name: layer}."""
     return {name: layer for name, layer in network.named_modules() if hasattr(layer, "lora_A")}
 
 
-def add_lora(network, rank, alpha, targets=TARGETS, seed=0):
-    """Freezes the network and gives each target layer a LoRA -> its trainable parameters, {name: parameter}, in the network's order.
+def changes_its_weight(layer):
+    """Whether a layer adds `weight_change` to its weight itself: its class has `lora_on`."""
+    return hasattr(type(layer), "lora_on")
 
-    targets are the ends of names, whole between dots. A is uniform up to 1 / sqrt(in), a function of `seed` and the network alone. Raises
-    ValueError if no layer is meant, if one that is meant cannot have a LoRA, if there is one already, or for a bad rank or alpha.
+
+def target_layers(network, targets):
+    """The layers whose names end in one of `targets`, whole between dots -> {name: layer}."""
+    ends = tuple("." + target for target in targets)
+    layers = {}
+    for name, layer in network.named_modules():
+        if ("." + name).endswith(ends):
+            layers[name] = layer
+    for name, layer in layers.items():
+        if not (isinstance(layer, nn.Linear) or changes_its_weight(layer)):
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}; "
+                "a LoRA fits linear layers, and the layers of EDM2"
+            )
+    if not layers:
+        raise ValueError(
+            f"no layer's name ends in one of {', '.join(targets)}; name the layers to train"
+        )
+    return layers
+
+
+def empty_linear(inputs, outputs, device):
+    """A linear map without bias whose numbers are not set, so none is drawn at random."""
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+    return linear.to_empty(device=device)
+
+
+def add_lora(network, rank, alpha, targets=TARGETS, seed=0):
+    """Freezes a network and gives each target layer a LoRA -> its parameters {name: parameter}.
+
+    targets: the ends of names, whole between dots. A is uniform in +-1 / sqrt(in), a function of
+    `seed` and the network alone. Raises ValueError if no layer is named so, if one of them cannot
+    have a LoRA, if there is one already, or for a bad rank or alpha.
 
     >>> network, x = nn.ModuleDict({"to_q": nn.Linear(64, 64)}), torch.randn(2, 64)
-    >>> before, learns = network["to_q"](x), add_lora(network, rank=4, alpha=4)
-    >>> sum(p.numel() for p in learns.values()), torch.equal(network["to_q"](x), before)      # of 64 * 64 + 64; and B = 0: nothing has changed yet
-    (512, True)
+    >>> before = network["to_q"](x)
+    >>> trained = add_lora(network, rank=4, alpha=4)
+    >>> sum(p.numel() for p in trained.values())        # of 64 * 64 + 64
+    512
+    >>> torch.equal(network["to_q"](x), before)         # B = 0: nothing has changed yet
+    True
     """
     if not (isinstance(rank, int) and rank >= 1 and math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"a LoRA of rank {rank} and alpha {alpha}: give an integer from 1 and a positive number")
-    if there := changed(network):
-        raise ValueError(f"{next(iter(there))} has a LoRA already; fold it into the base first (lora.merged)")
-    layers = {name: layer for name, layer in network.named_modules() if ("." + name).endswith(tuple("." + t for t in targets))}
-    if odd := [name for name, layer in layers.items() if not isinstance(layer, (nn.Linear, Layer))]:
-        raise ValueError(f"{odd[0]} is a {type(layers[odd[0]]).__name__}; a LoRA fits linear layers, and the layers of EDM2")
-    if not layers:
-        raise ValueError(f"no layer's name ends in one of {', '.join(targets)}; name the layers that shall learn")
+        raise ValueError(
+            f"a LoRA of rank {rank} and alpha {alpha}: give an integer from 1 and a positive number"
+        )
+    present = list(lora_layers(network))
+    if present:
+        raise ValueError(
+            f"{present[0]} has a LoRA already; fold it into the base first (lora.merged)"
+        )
+    layers = target_layers(network, targets)
+
     network.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers.values():
-        weight, wide = layer.weight, layer.weight[0].numel()
-        layer.lora_A, layer.lora_B = (nn.Linear(*size, bias=False, device="meta").to_empty(device=weight.device)
-                                      for size in ((wide, rank), (rank, len(weight))))
+        outputs = len(layer.weight)
+        inputs = layer.weight[0].numel()
+        layer.lora_A = empty_linear(inputs, rank, layer.weight.device)
+        layer.lora_B = empty_linear(rank, outputs, layer.weight.device)
+        uniform = 2 * torch.rand(rank, inputs, generator=generator) - 1
         with torch.no_grad():
-            layer.lora_A.weight.copy_((2 * torch.rand(rank, wide, generator=generator) - 1) / math.sqrt(wide))
+            layer.lora_A.weight.copy_(uniform / math.sqrt(inputs))
             layer.lora_B.weight.zero_()
-        layer.lora_scale, layer.lora_on = alpha / rank, True
-        if isinstance(layer, Layer):
-            layer.__class__ = LoraLayer
-        else:
-            layer.register_forward_hook(add_change)
-    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+        layer.lora_scale = alpha / rank
+        layer.lora_on = True
+        if not changes_its_weight(layer):
+            layer.register_forward_hook(add_output_change)
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 @contextmanager
 def lora_off(network):
-    """The base, bit for bit, for as long as the block lasts: the reference policy, without a second network in memory."""
-    layers = changed(network).values()
+    """Within the block the network is the base, bit for bit: the reference policy of the KL.
+
+    It takes no second network in memory. Blocks may lie in one another.
+    """
+    layers = lora_layers(network).values()
     before = [layer.lora_on for layer in layers]
     try:
         for layer in layers:
             layer.lora_on = False
         yield network
     finally:
-        for layer, on in zip(layers, before):
-            layer.lora_on = on
+        for layer, was_on in zip(layers, before):
+            layer.lora_on = was_on
 
 
 @torch.no_grad()
 def merged(network):
-    """The network's state dict with every LoRA folded in: the base's names, and copies of its tensors. Without a LoRA: all as it is.
+    """The network's state dict with every LoRA folded in: the base's names, copies of its tensors.
 
-    Of a network in pieces (sharding.py), whole tensors on the first process; the others must come here too."""
-    state = {name: whole(tensor).detach().clone() for name, tensor in network.state_dict().items() if ".lora_" not in name}
-    for name, layer in changed(network).items():
-        state[name + ".weight"] += change(layer)
+    Without a LoRA all tensors are as they are. Of a network in pieces (support/sharding.py) the
+    first process gets whole tensors. Collective then: call it on every process.
+    """
+    state = {}
+    for name, tensor in network.state_dict().items():
+        if ".lora_" not in name:
+            state[name] = whole(tensor).detach().clone()
+    for name, layer in lora_layers(network).items():
+        state[name + ".weight"] += weight_change(layer)
     return state
 
 
 def export(network, folder, facts):
-    """Writes folder/pytorch_lora_weights.safetensors, which `pipe.load_lora_weights(folder)` of diffusers and merge.py read.
+    """Writes folder/pytorch_lora_weights.safetensors, for diffusers and merge.py.
 
-    alpha / r is folded into B, so the file means W + B A. facts, {name: anything}, becomes its metadata as text. Raises ValueError
-    for a network without a LoRA, or of no family known here.
+    diffusers reads it by pipe.load_lora_weights(folder). alpha / r is folded into B, so the file
+    means W + B A. facts {name: anything} becomes its metadata, as text. Raises ValueError for a
+    network without a LoRA, or of a class that is not in PREFIX.
     """
-    if not changed(network) or type(network).__name__ not in PREFIX:
-        raise ValueError(f"a {type(network).__name__} with {len(changed(network))} LoRA layers cannot be exported; known: {', '.join(PREFIX)}")
+    kind = type(network).__name__
+    layers = lora_layers(network)
+    if not layers or kind not in PREFIX:
+        raise ValueError(
+            f"a {kind} with {len(layers)} LoRA layers cannot be exported; "
+            f"known: {', '.join(PREFIX)}"
+        )
     tensors = {}
-    for name, layer in changed(network).items():
-        for part, scale in (("lora_A", 1), ("lora_B", layer.lora_scale)):
-            weight = getattr(layer, part).weight.detach().float() * scale
-            tensors[f"{PREFIX[type(network).__name__]}{name}.{part}.weight"] = weight.cpu().contiguous()
+    for name, layer in layers.items():
+        down = layer.lora_A.weight.detach().float()
+        up = layer.lora_B.weight.detach().float() * layer.lora_scale
+        tensors[f"{PREFIX[kind]}{name}.lora_A.weight"] = down.cpu().contiguous()
+        tensors[f"{PREFIX[kind]}{name}.lora_B.weight"] = up.cpu().contiguous()
+    metadata = {key: str(value) for key, value in facts.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(folder) / "pytorch_lora_weights.safetensors", {key: str(value) for key, value in facts.items()})
+    save_file(tensors, Path(folder) / "pytorch_lora_weights.safetensors", metadata)

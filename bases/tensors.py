@@ -1,45 +1,57 @@
-"""Weights: the tensors of a network by name, read from files one at a time: whole models, snapshots of a run, LoRA files.
+"""Tensors: the weights of a network by name, read from files one at a time.
 
-A mapping name -> tensor is all that a merge asks for, so a checkpoint is one of
-    Weights   safetensors files as they are        Lora   W + alpha / r B A, from a file of A and B
-    Over      either of them, over the base that it changes
-and nothing is in memory but the tensor that was asked for. A snapshot carries its base's fingerprint, so that it is never merged into another.
-Below them, the averages whose weights are powers of time, from which an average of any other length can be made afterwards (post-hoc EMA).
-Left out: files that are not safetensors (edm2.read_pickle and sit.load make a state dict of theirs).
+A merge asks only for a mapping name -> tensor, so a checkpoint is one of
+    Weights    safetensors files as they are
+    LoraFile   W + alpha / r B A, from a file of A and B
+    Over       either of them, over the base that it changes
+Nothing is in memory but the tensor that was asked for. A snapshot carries the fingerprint of its
+base, so that it is never merged into another.
+Left out on purpose: files that are not safetensors (edm2_pickle and sit read theirs).
 """
+
 import hashlib
 import json
 import math
 import re
-import torch
 from collections.abc import Mapping
 from pathlib import Path
-from safetensors import SafetensorError
-from safetensors import safe_open
+
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
 import bases
-from bases import files as base_files
-from support import files
-from support import processes
+from bases.files import network_files
+from support import files, processes
 from support.sharding import whole
 
-class Weights(Mapping):
-    """The tensors of safetensors files, each read when it is asked for; `facts` is the first file's metadata. Raises ValueError, in one line."""
+# --------------------------------------------------------------------------------------------------
+# Mappings.
 
-    def __init__(self, files):
-        self.files, self.facts = {}, {}
-        for file in files:
+
+class Weights(Mapping):
+    """The tensors of safetensors files, each read when it is asked for.
+
+    facts: the metadata of the first file that has any. Raises ValueError for another kind of file.
+    """
+
+    def __init__(self, paths):
+        self.files = {}  # {name: the open file that holds it}
+        self.facts = {}
+        for path in paths:
             try:
-                opened = safe_open(file, "pt")
+                opened = safe_open(path, "pt")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file}: not a safetensors file ({error})") from None
+                raise ValueError(f"{path}: not a safetensors file ({error})") from None
             self.facts = self.facts or dict(opened.metadata() or {})
-            self.files.update(dict.fromkeys(opened.keys(), opened))
+            for name in opened.keys():
+                self.files[name] = opened
 
     def __getitem__(self, name):
         return self.files[name].get_tensor(name)
 
     def shape(self, name):
+        """The shape of a tensor, which is not read."""
         return tuple(self.files[name].get_slice(name).get_shape())
 
     def __iter__(self):
@@ -50,10 +62,13 @@ class Weights(Mapping):
 
 
 class Over(Mapping):
-    """A checkpoint that changes some of a base's tensors, or holds them all; seen under the names `names`."""
+    """A checkpoint that changes some of a base's tensors, or all, seen under the names `names`."""
 
-    def __init__(self, changed, base, names):
-        self.changed, self.base, self.names = changed, base, names
+    def __init__(self, changed, base, names, facts=None):
+        self.changed = changed
+        self.base = base
+        self.names = names
+        self.facts = facts or {}
 
     def __getitem__(self, name):
         return self.changed[name] if name in self.changed else self.base[name]
@@ -65,119 +80,245 @@ class Over(Mapping):
         return len(self.names)
 
 
-class Lora(Mapping):
-    """The tensors that a LoRA file changes: W + alpha / r B A. Names as diffusers and peft write them: [part.]layer.lora_A.weight."""
+class LoraFile(Mapping):
+    """The tensors that a LoRA file changes: W + alpha / r B A.
+
+    Names are those of diffusers and peft: [part.]layer.lora_A.weight. file and base are Weights.
+    """
 
     def __init__(self, file, base):
-        self.file, self.base, self.facts = file, base, file.facts
-        self.prefix = {n if n + ".weight" in base else re.sub(r"^(transformer|unet)\.", "", n): n
-                       for n in (n.removesuffix(".lora_A.weight") for n in file if n.endswith(".lora_A.weight"))}
+        self.file = file
+        self.base = base
+        self.facts = file.facts
+        self.layers = {}  # {layer of the base: its name in the file}
+        for name in file:
+            if name.endswith(".lora_A.weight"):
+                in_file = name.removesuffix(".lora_A.weight")
+                in_base = re.sub(r"^(transformer|unet)\.", "", in_file)
+                if in_file + ".weight" in base:
+                    in_base = in_file
+                self.layers[in_base] = in_file
+
+    def names_of(self, name):
+        """The names in the file of what changes a tensor of the base: A, B and alpha."""
+        layer = self.layers[name.removesuffix(".weight")]
+        return layer + ".lora_A.weight", layer + ".lora_B.weight", layer + ".alpha"
 
     def __getitem__(self, name):
-        layer = self.prefix[name.removesuffix(".weight")]
-        down, up = self.file[layer + ".lora_A.weight"].float(), self.file[layer + ".lora_B.weight"].float()
-        alpha = self.file[layer + ".alpha"].item() if layer + ".alpha" in self.file else len(down)
-        change = alpha / len(down) * (up.flatten(1) @ down.flatten(1))
+        name_A, name_B, name_alpha = self.names_of(name)
+        A = self.file[name_A].float()  # [r, in, ...]
+        B = self.file[name_B].float()  # [out, r, ...]
+        alpha = self.file[name_alpha].item() if name_alpha in self.file else len(A)
+        change = alpha / len(A) * (B.flatten(1) @ A.flatten(1))
         return self.base[name].float() + change.reshape(self.base.shape(name))
 
     def shape(self, name):
-        layer = self.prefix[name.removesuffix(".weight")]
-        up, down = self.file.shape(layer + ".lora_B.weight"), self.file.shape(layer + ".lora_A.weight")
-        whole = self.base.shape(name) if name in self.base else ()
-        return whole if (up[0], up[1], math.prod(down[1:])) == (whole[0], down[0], math.prod(whole[1:])) else (up[0], *down, up[1])
+        """The shape of W if A and B fit it, else theirs, which is no shape of the base."""
+        name_A, name_B, _ = self.names_of(name)
+        A = self.file.shape(name_A)
+        B = self.file.shape(name_B)
+        W = self.base.shape(name) if name in self.base else (None,)
+        fits = (B[0], B[1], math.prod(A[1:])) == (W[0], A[0], math.prod(W[1:]))
+        return W if fits else (B[0], *A, B[1])
 
     def __iter__(self):
-        return iter(sorted(layer + ".weight" for layer in self.prefix))
+        return iter(sorted(layer + ".weight" for layer in self.layers))
 
     def __len__(self):
-        return len(self.prefix)
+        return len(self.layers)
+
+
+# --------------------------------------------------------------------------------------------------
+# Snapshots of a run.
 
 
 def fingerprint(weights):
-    """A digest of a base: all names and shapes, and the numbers of some 30 tensors, so that a snapshot knows whose it is."""
-    names, digest = list(weights), hashlib.sha256()
-    digest.update(json.dumps([(n, weights.shape(n)) for n in names]).encode())
-    for name in names[::max(1, len(names) // 30)]:
+    """A digest of a base: all names and shapes, and the numbers of some 30 tensors."""
+    names = list(weights)
+    digest = hashlib.sha256()
+    digest.update(json.dumps([(name, weights.shape(name)) for name in names]).encode())
+    step = max(1, len(names) // 30)
+    for name in names[::step]:
         digest.update(weights[name].float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def save_snapshots(out, iteration, weights, averages, base, keep):
-    """out/snapshots/NNNNN.safetensors, the raw trained weights, and NNNNN-0.050.safetensors for each average; only the last `keep` stay."""
-    first, folder = processes.rank() == 0, Path(out) / "snapshots"
-    facts = {"base": str(base), "fingerprint": fingerprint(Weights(base_files.network_files(base))), "iteration": str(iteration)} if first else {}
-    for suffix, tensors, length in (("", weights, ""), *((f"-{s:.3f}", average, str(s)) for s, average in averages.items())):
-        tensors = {n: whole(p.detach()) for n, p in tensors.items()}     # every process must come here
-        if first:
-            folder.mkdir(exist_ok=True)
-            tensors = {n: t.float().cpu().contiguous() for n, t in tensors.items()}
-            files.write_atomic(folder / f"{iteration:05d}{suffix}.safetensors", lambda path: save_file(tensors, path, facts | {"sigma_rel": length}))
-    for old in () if not first else sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: int(re.match(r"\d+", path.name)[0]))[:-keep * (1 + len(averages))]:
-        old.unlink()
+def save_snapshots(out, iteration, trained, averages, base, keep):
+    """Writes the trained weights and their averages {length: {name: tensor}} to out/snapshots/.
+
+    NNNNN.safetensors and NNNNN-0.050.safetensors, ...; only the last `keep` iterations stay.
+    Collective: call on every process.
+    """
+    folder = Path(out) / "snapshots"
+    facts = {}
+    if processes.rank() == 0:
+        folder.mkdir(exist_ok=True)
+        facts["base"] = str(base)
+        facts["fingerprint"] = fingerprint(Weights(network_files(base)))
+        facts["iteration"] = str(iteration)
+
+    save_snapshot(folder / f"{iteration:05d}.safetensors", trained, facts | {"sigma_rel": ""})
+    for length, average in averages.items():
+        path = folder / f"{iteration:05d}-{length:.3f}.safetensors"
+        save_snapshot(path, average, facts | {"sigma_rel": str(length)})
+
+    if processes.rank() == 0:
+        snapshots = sorted(folder.glob("[0-9]*.safetensors"), key=iteration_of)
+        for old in snapshots[: -keep * (1 + len(averages))]:
+            old.unlink()
+
+
+def save_snapshot(path, tensors, facts):
+    """Writes whole float32 tensors, by the first process. Collective."""
+    wholes = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+    if processes.rank() > 0:
+        return
+    for name, tensor in wholes.items():
+        wholes[name] = tensor.float().cpu().contiguous()
+    files.write_atomic(path, lambda temporary: save_file(wholes, temporary, facts))
+
+
+def iteration_of(path):
+    """The iteration in a snapshot's name."""
+    return int(re.match(r"\d+", path.name)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints to merge.
 
 
 def open_checkpoints(paths, model=""):
-    """-> the base's folder, and a mapping of each checkpoint over the same names, with .facts. Raises ValueError naming what does not fit."""
-    opened = [None if Path(p).is_dir() else Weights([p]) for p in paths]
-    named = [w.facts["base"] for w in opened if w and "base" in w.facts]
-    folder = model or next(iter(named), next((p for p, w in zip(paths, opened) if w is None), ""))
-    if not folder:
-        raise ValueError(f"{paths[0]}: does not say what its base is; name it with --model FOLDER")
+    """Checkpoints of one base -> its folder, and a mapping of each over the same names, with facts.
+
+    paths: model folders, snapshots or LoRA files. model: the base (default: what they name).
+    Raises ValueError naming what does not fit.
+    """
+    folder = model or named_base(paths)
     bases.check(folder)
-    base, mark = Weights(base_files.network_files(folder)), None
-    for k, path in enumerate(paths):
-        if opened[k] is None:
-            opened[k] = Weights(base_files.network_files(bases.check(path)))
-            if odd := sorted({*opened[k]} ^ {*base}):
-                raise ValueError(f"{path}: {odd[0]} is in only one of it and the base {folder}")
-        elif any(name.endswith(".lora_A.weight") for name in opened[k]):
-            opened[k] = Lora(opened[k], base)
-        if "fingerprint" in opened[k].facts:
-            mark = mark or fingerprint(base)
-            if opened[k].facts["fingerprint"] != mark:
-                raise ValueError(f"{path}: was made from another base than {folder} ({opened[k].facts.get('base', 'unnamed')})")
-        if not len(opened[k]):
-            raise ValueError(f"{path}: holds no tensor")
-        for name in opened[k]:
-            if name not in base:
-                raise ValueError(f"{path}: {name} is not in the base {folder}")
-            if isinstance(opened[k], Lora):
-                layer = opened[k].prefix[name.removesuffix(".weight")]
-                if layer + ".lora_B.weight" not in opened[k].file:
-                    raise ValueError(f"{path}: {name} has a lora_A without its lora_B")
-                if layer + ".alpha" in opened[k].file and math.prod(opened[k].file.shape(layer + ".alpha")) != 1:
-                    raise ValueError(f"{path}: {layer}.alpha has the shape {opened[k].file.shape(layer + '.alpha')}, and is one number")
-            if opened[k].shape(name) != base.shape(name):
-                raise ValueError(f"{path}: {name} has the shape {opened[k].shape(name)}, the base {folder} {base.shape(name)}")
+    base = Weights(network_files(folder))
+    opened = [open_checkpoint(path, base, folder) for path in paths]
+    check_fingerprints(paths, opened, base, folder)
+    for path, weights in zip(paths, opened):
+        check_tensors(path, weights, base, folder)
+
     names = sorted(set().union(*opened))
-    views = [Over(weights, base, names) for weights in opened]
-    for view, weights, path in zip(views, opened, paths):
-        found = re.search(r"(\d+)-(0\.\d+)(?:\.|$)", Path(path).name)          # a file of ours or of EDM2, or a folder named like it
-        view.facts = {"iteration": found[1], "sigma_rel": found[2]} if found and not weights.facts.get("sigma_rel") else weights.facts
-        if view.facts.get("sigma_rel"):
-            check_average(path, view.facts.get("iteration"), view.facts["sigma_rel"])
+    views = []
+    for path, weights in zip(paths, opened):
+        facts = facts_of(path, weights)
+        views.append(Over(weights, base, names, facts))
     return Path(folder), views
 
 
+def named_base(paths):
+    """The base that the checkpoints name, or the first of them that is a whole model."""
+    for path in paths:
+        if not Path(path).is_dir():
+            facts = Weights([path]).facts
+            if "base" in facts:
+                return facts["base"]
+    for path in paths:
+        if Path(path).is_dir():
+            return path
+    raise ValueError(f"{paths[0]}: does not say what its base is; name it with --model FOLDER")
+
+
+def open_checkpoint(path, base, folder):
+    """One checkpoint -> Weights or LoraFile."""
+    if not Path(path).is_dir():
+        weights = Weights([path])
+        if any(name.endswith(".lora_A.weight") for name in weights):
+            return LoraFile(weights, base)
+        return weights
+    weights = Weights(network_files(bases.check(path)))
+    in_one_only = sorted(set(weights) ^ set(base))
+    if in_one_only:
+        raise ValueError(f"{path}: {in_one_only[0]} is in only one of it and the base {folder}")
+    return weights
+
+
+def check_fingerprints(paths, opened, base, folder):
+    """The checkpoints that say whose they are, are of this base."""
+    marked = []
+    for path, weights in zip(paths, opened):
+        if "fingerprint" in weights.facts:
+            marked.append((path, weights.facts))
+    if not marked:
+        return
+    mark = fingerprint(base)
+    for path, facts in marked:
+        if facts["fingerprint"] != mark:
+            other = facts.get("base", "unnamed")
+            raise ValueError(f"{path}: was made from another base than {folder} ({other})")
+
+
+def check_tensors(path, weights, base, folder):
+    """A checkpoint holds something, and its tensors have the names and shapes of the base."""
+    if not len(weights):
+        raise ValueError(f"{path}: holds no tensor")
+    for name in weights:
+        if name not in base:
+            raise ValueError(f"{path}: {name} is not in the base {folder}")
+        if isinstance(weights, LoraFile):
+            check_lora(path, name, weights)
+        if weights.shape(name) != base.shape(name):
+            raise ValueError(
+                f"{path}: {name} has the shape {weights.shape(name)}, "
+                f"the base {folder} {base.shape(name)}"
+            )
+
+
+def check_lora(path, name, lora):
+    """A LoRA's layer has its B, and an alpha that is one number if it has any."""
+    _, name_B, name_alpha = lora.names_of(name)
+    if name_B not in lora.file:
+        raise ValueError(f"{path}: {name} has a lora_A without its lora_B")
+    if name_alpha in lora.file:
+        shape = lora.file.shape(name_alpha)
+        if math.prod(shape) != 1:
+            raise ValueError(f"{path}: {name_alpha} has the shape {shape}, and is one number")
+
+
+def facts_of(path, weights):
+    """What a checkpoint says of itself, or its name: NNNNN-0.050 is an average, ours or EDM2's."""
+    facts = weights.facts
+    named = re.search(r"(\d+)-(0\.\d+)(?:\.|$)", Path(path).name)
+    if named and not facts.get("sigma_rel"):
+        facts = {"iteration": named[1], "sigma_rel": named[2]}
+    if facts.get("sigma_rel"):
+        check_average(path, facts.get("iteration"), facts["sigma_rel"])
+    return facts
+
+
 def check_average(path, iteration, sigma_rel):
-    """Raises ValueError if what an average says of itself, in words, is no iteration and no length."""
+    """Raises ValueError unless an average's iteration and length, as texts, are such numbers."""
     try:
-        right = 0 < float(iteration) < math.inf and 0 < float(sigma_rel) < 0.288
+        is_right = 0 < float(iteration) < math.inf and 0 < float(sigma_rel) < 0.288
     except (TypeError, ValueError):
-        right = False
-    if not right:
-        raise ValueError(f"{path}: says that it is the average {str(sigma_rel)[:99]} of iteration {str(iteration)[:99]}; expected 0 to 0.288 of 1 or more")
+        is_right = False
+    if not is_right:
+        raise ValueError(
+            f"{path}: says that it is the average {str(sigma_rel)[:99]} of iteration "
+            f"{str(iteration)[:99]}; expected 0 to 0.288 of 1 or more"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Names and networks.
 
 
 def block_of(name):
-    """The block that a parameter belongs to: its name up to the first part that is a number, or "rest"."""
-    found = re.match(r"(.*?\.(?:\d+|\d+x\d+_\w+))\.", name)            # blocks.3, or EDM2's 64x64_block0
+    """The block that a parameter belongs to: its name up to the first number, or "rest".
+
+    >>> block_of("transformer_blocks.3.attn.to_q.weight"), block_of("pos_embed.weight")
+    ('transformer_blocks.3', 'rest')
+    """
+    found = re.match(r"(.*?\.(?:\d+|\d+x\d+_\w+))\.", name)  # blocks.3, or EDM2's 64x64_block0
     return found[1] if found else "rest"
 
 
+@torch.no_grad()
 def put(network, tensors):
     """Copies tensors, by name, into a network's parameters and buffers."""
-    with torch.no_grad():
-        for name, own in network.state_dict(keep_vars=True).items():
-            if name in tensors:
-                own.copy_(tensors[name])
+    for name, own in network.state_dict(keep_vars=True).items():
+        if name in tensors:
+            own.copy_(tensors[name])

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -21,13 +22,14 @@ import bases
 from bases.files import BESIDE, OWN, locate, network_files
 from bases.tensors import open_checkpoints
 from commands.compare import grid_files, open_runs
-from commands.picture_sets import choose, open_pictures, read_sidecar, settings, sidecar
+from commands.picture_sets import choose, open_pictures, parts_of, read_sidecar, settings, sidecar
 from prompting import read_prompts
 from rewards import DISTRIBUTION, check_labels, check_reward, needs_labels, parse
+from rewards.classifier import check_classifier
 from rewards.features import TINY, check_features
 from rewards.targets import check_judge, check_real, check_target, target_path
 from sampling import VP
-from support import files
+from support import compiling, files
 from support.averages import sweep
 
 LARGEST_SEED = 2**63 - 1  # that torch takes
@@ -104,7 +106,7 @@ EVAL_LIMITS = {
     "resamples": (10, math.inf),
 }
 
-# What each flag needs to mean anything: the flag before it must not be 0.
+# A flag on the left means nothing where the flag on its right is 0.
 NEEDS = {
     "tau1": "prompt_noise",
     "tau2": "prompt_noise",
@@ -141,10 +143,11 @@ def need(condition, message):
 
 def check_limits(args, limits):
     """Each number of `limits` is finite and within its limits."""
+    largest = sys.float_info.max  # math.isfinite would raise for an int beyond it
     for name, (low, high) in limits.items():
         value = getattr(args, name)
         need(
-            low <= value <= high and math.isfinite(value),
+            low <= value <= high and abs(value) <= largest,
             f"--{name} {value}: must be a finite number from {low:g} to {high:g}",
         )
 
@@ -240,7 +243,8 @@ def check(args, default):
     check_device(args)
     folder = bases.check(args.model)
     check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
-    check_processes(args)
+    check_shard(args, process_count())
+    compiling.check_sizes(args, process_count(), stochastic_steps(args))
     check_guide(args)
     if args.snapshot_every:
         network_files(args.model)  # a snapshot names its base by the numbers in them
@@ -290,7 +294,7 @@ def check_idle(args, changed):
 
 
 def check_sizes(args):
-    """The sizes of groups, window and minibatches fit each other."""
+    """Groups, window and minibatches fit each other, and each process has a rollout."""
     need(
         args.keep <= args.group_size,
         f"--keep {args.keep}: is more than --group_size {args.group_size}",
@@ -316,30 +320,11 @@ def check_sizes(args):
         f"--updates {args.updates}: does not divide the {pairs} (rollout, step) pairs "
         "of an iteration",
     )
-
-
-def check_processes(args):
-    """The processes can share the work: some for each, and under --shard the same for each."""
     processes = process_count()
     rollouts = args.prompts_per_step * args.group_size
     need(
         processes <= rollouts,
         f"--nproc_per_node {processes}: an iteration has only {rollouts} rollouts to share",
-    )
-    check_shard(args, processes)
-    check_compiled_sizes(args, processes)
-
-
-def check_compiled_sizes(args, processes):
-    """--compile on several processes: the sizes of their batches stay the same."""
-    stochastic = stochastic_steps(args)
-    same_updates = stochastic % args.updates == 0
-    same_rollouts = args.select == "all" or args.prompts_per_step % processes == 0
-    need(
-        not args.compile or processes == 1 or (same_updates and same_rollouts),
-        f"--compile: code is made for each size of a batch, and {processes} processes would have "
-        f"others at each iteration; let --updates divide the {stochastic} steps of --window and, "
-        "unless --select is all, the processes divide --prompts_per_step",
     )
 
 
@@ -688,11 +673,12 @@ def check_images(args):
         return args, prompts
 
     is_empty = out.suffix != ".npz" and out.is_dir() and not visible_files(out)
-    need(
-        is_empty or not os.path.lexists(out),
-        f"--out {out}: {out} exists, and no {sidecar(out).name} says how it was made; "
-        "choose another --out",
-    )
+    for path in (out, parts_of(out)):
+        need(
+            is_empty or not os.path.lexists(path),
+            f"--out {out}: {path} exists, and no {sidecar(out).name} says how it was made; "
+            "choose another --out",
+        )
     return args, prompts
 
 
@@ -767,7 +753,7 @@ def check_score_networks(args, folder, sets, has_labels):
     if has_labels or asks_reward_classifier:
         check_labels(sets[0].prompts, args.prompts or sets[0].name)
     if asks_evaluator:
-        check_judge(folder / "evaluator")
+        check_classifier(folder / "evaluator")
     D = check_features(args.features, folder)
     target = target_path(args.target, args.features, folder)
     if args.features in TINY:

@@ -1,257 +1,482 @@
-"""Comparing runs of train.py: a run that is more diverse may only have learned less, so runs are compared where they are equally good.
+"""Comparing runs of train.py: at equal alignment, since a more diverse run may have learned less.
 
-Alignment is the evaluator's log-probability, diversity its within-prompt Vendi score, from the evaluations in metrics.jsonl. The front of a
-run is, at each alignment a, the largest diversity its curve shows at alignment a or more (linear between evaluations).
-    gain at equal alignment    of the two fronts' means over ten alignments that both reach, seed by seed; and at the highest of them
-    gain at equal diversity    the same along the other axis, of alignment gained over the base model
-    hypervolume                area of all (alignment, diversity) that some evaluation beats in both, above the base's alignment and one picture
+Alignment is the evaluator's log-probability, diversity its Vendi score within a prompt, both from
+the evaluations in metrics.jsonl. The front of a run is, at each alignment a, the largest diversity
+that its curve shows at alignment a or more (linear between evaluations).
+
+    gain at equal alignment    ratio of the two fronts' means over ten alignments, from the base
+                               model's to the highest that both runs reach; and at that highest
+    gain at equal diversity    the same along the other axis, of alignment gained over the base
+    hypervolume                area of all (alignment, diversity) that some evaluation exceeds in
+                               both, above the lowest start of all runs and a Vendi score of 1
 """
+
 import json
-import numpy as np
 import re
 from pathlib import Path
-from support import files
-from prompting import read_prompts
 
-ALIGNMENT = "eval/log_prob", "alignment: held-out log-probability (higher is better)"
-PANELS = [("eval/vendi", "diversity: Vendi score within a prompt (higher is better)"),
-          ("eval/fid", "Frechet distance to real pictures (lower is better)")]
+import numpy as np
+
+from prompting import read_prompts
+from support import files
+
+ALIGNMENT = ("eval/log_prob", "alignment: held-out log-probability (higher is better)")
+PANELS = [
+    ("eval/vendi", "diversity: Vendi score within a prompt (higher is better)"),
+    ("eval/fid", "Frechet distance to real pictures (lower is better)"),
+]
 METRICS = ("accuracy", "log_prob", "vendi", "distance", "fid")
-COLUMNS = ("run", "seeds", "accuracy", "log-prob", "Vendi", "pairwise distance", "FID", "diversity at equal alignment, %", "at the highest, %",
-           "alignment at equal diversity, %", "hypervolume", "minutes")
-COLLAPSED = 1.5                                                          # a Vendi score below this, of eight pictures a prompt or more
+COLUMNS = (
+    "run",
+    "seeds",
+    "accuracy",
+    "log-prob",
+    "Vendi",
+    "pairwise distance",
+    "FID",
+    "diversity at equal alignment, %",
+    "at the highest, %",
+    "alignment at equal diversity, %",
+    "hypervolume",
+    "minutes",
+)
+COLLAPSED = 1.5  # a Vendi score below this, of eight pictures a prompt or more
+
+# Flags that runs must share to be compared, and why.
+EQUAL_FLAGS = {
+    "eval_images": "the bias of FID falls with their number",
+    "eval_steps": "pictures of more steps are others",
+    "eval_seed": "only the same noise is paired",
+    "eval_prompts": "other prompts are harder, or more diverse",
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading runs.
 
 
 def load(folder):
-    """A run's evaluations -> {"iteration" and every "eval/..." metric: array}, and "minutes", a number: what sampling and training took.
+    """A run's evaluations -> {"iteration", every "eval/..." metric: array [E]}, and "minutes".
 
-    Raises ValueError, in one line, where metrics.jsonl does not hold them.
+    minutes: a number, what sampling and training took. Raises ValueError, in one line, where
+    metrics.jsonl does not hold them.
     """
     path = Path(folder) / "metrics.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in lines if "eval/fid" in row]
-        names = [name for name in rows[0] if name.startswith("eval/")] if rows else []
-        curves = {name: np.array([row[name] for row in rows], float) for name in ("iteration", *names)}
-        curves["minutes"] = sum(row.get("seconds_sample", 0) + row.get("seconds_train", 0) for row in lines) / 60
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not the metrics of a run ({type(error).__name__}: {error})") from None
-    missing = [name for name in METRICS if "eval/" + name not in curves]
+        curves = read_curves(path)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not the metrics of a run ({reason})") from None
+    missing = [name for name in METRICS if f"eval/{name}" not in curves]
     if missing:
-        raise ValueError(f"{path}: holds no evaluation with {', '.join(missing)}; give a run folder of train.py")
+        raise ValueError(
+            f"{path}: holds no evaluation with {', '.join(missing)}; give a run folder of train.py"
+        )
     return curves
 
 
+def read_curves(path):
+    """metrics.jsonl -> {"iteration", "eval/..."} of the evaluations as arrays, and "minutes"."""
+    rows = read_rows(path)
+    evaluations = [row for row in rows if "eval/fid" in row]
+    names = ["iteration"]
+    if evaluations:
+        names += [name for name in evaluations[0] if name.startswith("eval/")]
+    curves = {}
+    for name in names:
+        curves[name] = np.array([row[name] for row in evaluations], float)
+    seconds = sum(row.get("seconds_sample", 0) + row.get("seconds_train", 0) for row in rows)
+    curves["minutes"] = seconds / 60
+    return curves
+
+
+def read_rows(path):
+    """The lines of a metrics.jsonl -> a list of objects."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def labels_of(folders, labels):
-    """The label of each run folder: from --labels, else the folder's name without a trailing -NUMBER. Raises ValueError."""
-    found = [label.strip() for label in labels.split(",")] if labels else [re.sub(r"-\d+$", "", Path(folder).resolve().name) for folder in folders]
-    if len(found) != len(folders) or not all(found):
-        raise ValueError(f"--labels {labels}: {len([x for x in found if x])} labels for {len(folders)} runs; write one for each, with commas between")
-    return found
+    """The label of each run folder: from --labels, else the folder's name without -NUMBER.
+
+    Raises ValueError unless there is one for each.
+    """
+    if labels:
+        names = [label.strip() for label in labels.split(",")]
+    else:
+        names = [re.sub(r"-\d+$", "", Path(folder).resolve().name) for folder in folders]
+    given = [name for name in names if name]
+    if len(names) != len(folders) or len(given) != len(folders):
+        raise ValueError(
+            f"--labels {labels}: {len(given)} labels for {len(folders)} runs; "
+            "write one for each, with commas between"
+        )
+    return names
 
 
 def open_runs(folders, labels):
-    """Run folders and --labels -> {label: {seed: evaluations}}, in the order given. Raises ValueError, in one line."""
-    runs, configs = {}, [read_config(folder) for folder in folders]
-    for folder, label, config in zip(folders, labels_of(folders, labels), configs):
-        for name, why in (("eval_images", "the bias of FID falls with their number"), ("eval_steps", "pictures of more steps are others"),
-                          ("eval_seed", "only the same noise is paired"), ("eval_prompts", "other prompts are harder, or more diverse")):
-            if said(config, name) != said(configs[0], name):
-                raise ValueError(f"{folder}: --{name} was {config.get(name)}, and {configs[0].get(name)} in {folders[0]}: {why}; compare equal ones")
-        seeds, seed = runs.setdefault(label, {}), config.get("seed")
+    """Run folders and --labels -> {label: {seed: evaluations}}, in the order given.
+
+    Raises ValueError, in one line, for folders that are not runs or cannot be compared.
+    """
+    runs = {}
+    configs = [read_config(folder) for folder in folders]
+    names = labels_of(folders, labels)
+    for folder, label, config in zip(folders, names, configs):
+        check_comparable(folder, config, folders[0], configs[0])
+        seed = config.get("seed")
         if type(seed) is not int:
             raise ValueError(f"{folder}: its config.json names no seed, by which runs are paired")
+        seeds = runs.setdefault(label, {})
         if seed in seeds:
-            raise ValueError(f"{folder}: a second run {label!r} with seed {seed}; give runs of different methods different --labels")
-        seeds[seed] = load(folder) | {"few": few_a_prompt(config)}
+            raise ValueError(
+                f"{folder}: a second run {label!r} with seed {seed}; "
+                "give runs of different methods different --labels"
+            )
+        seeds[seed] = load(folder)
+        seeds[seed]["few"] = few_a_prompt(config)
     return runs
 
 
+def check_comparable(folder, config, first_folder, first_config):
+    """Raises ValueError if two runs were evaluated in different ways."""
+    for name, reason in EQUAL_FLAGS.items():
+        if saved_value(config, name) != saved_value(first_config, name):
+            raise ValueError(
+                f"{folder}: --{name} was {config.get(name)}, "
+                f"and {first_config.get(name)} in {first_folder}: {reason}; compare equal ones"
+            )
+
+
 def read_config(folder):
-    path = Path(folder) / "config.json"
+    """The config.json of a run folder. Raises ValueError."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-        return config
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable ({error}); give a run folder of train.py") from None
+        return files.read_json(Path(folder) / "config.json")
+    except ValueError as error:
+        raise ValueError(f"{error}; or give a run folder of train.py") from None
 
 
-def said(config, name):
-    """What a run's flag was; of eval_prompts what the file holds, for it may lie elsewhere too, or the path if it cannot be read any more."""
-    try:
-        return read_prompts(config[name]) if name == "eval_prompts" else config.get(name)
-    except (KeyError, TypeError, ValueError):
-        return config.get(name)
+def saved_value(config, name):
+    """The value of a flag of a run. Of eval_prompts the prompts themselves, if they can be read.
+
+    The same prompts may lie in several files; a file that has moved counts by its path.
+    """
+    if name == "eval_prompts":
+        try:
+            return read_prompts(config[name])
+        except (KeyError, TypeError, ValueError):
+            pass
+    return config.get(name)
 
 
 def few_a_prompt(config):
-    """Whether an evaluation has fewer than eight pictures of a prompt, too few to speak of collapse."""
+    """Whether an evaluation has fewer than eight pictures a prompt, too few to see a collapse."""
     try:
-        return config["eval_images"] < 8 * len(read_prompts(config["eval_prompts"]))
-    except (KeyError, TypeError, ValueError):                            # the prompt file has moved
+        prompts = read_prompts(config["eval_prompts"])
+        return config["eval_images"] < 8 * len(prompts)
+    except (KeyError, TypeError, ValueError):  # the prompt file has moved
         return False
 
 
+# --------------------------------------------------------------------------------------------------
+# Comparing curves.
+
+
 def front(x, y, levels):
-    """The largest y that the curve (x, y) shows where x is at least each level; NaN where x never gets there.
+    """The largest y that the curve (x, y) shows where x is at least each level -> [L].
+
+    NaN where x never gets there.
 
     >>> front([0, 1, 2], [10, 8, 3], [0.5, 1, 2]).tolist()
     [9.0, 8.0, 3.0]
     """
-    t = np.linspace(0, len(x) - 1, 50 * (len(x) - 1) + 1)               # holds the evaluations themselves
-    fine_x, fine_y = np.interp(t, np.arange(len(x)), x), np.interp(t, np.arange(len(x)), y)
-    return np.array([fine_y[fine_x >= level].max() if (fine_x >= level).any() else np.nan for level in levels])
+    points = np.arange(len(x))
+    fine = np.linspace(0, len(x) - 1, 50 * (len(x) - 1) + 1)  # holds the evaluations themselves
+    fine_x = np.interp(fine, points, x)
+    fine_y = np.interp(fine, points, y)
+    largest = []
+    for level in levels:
+        reached = fine_x >= level
+        largest.append(fine_y[reached].max() if reached.any() else np.nan)
+    return np.array(largest)
 
 
 def gain_at_equal_alignment(method, plain, diversity="eval/vendi"):
-    """Relative gain in diversity over ten alignments, from the base model's to the highest that both runs reach; and at that highest.
+    """Relative gain in diversity over ten alignments that both runs reach; and at the highest.
 
-    Where either run never rises above the base model there is no such range: (NaN, NaN), and not 0, for nothing was compared.
+    Where a run never rises above the base model there is no such range: (NaN, NaN), and not 0,
+    since nothing was compared.
     """
     x = "eval/log_prob"
-    start, top = plain[x][0], min(plain[x].max(), method[x].max())
-    if not top > start:
+    start = plain[x][0]
+    highest = min(plain[x].max(), method[x].max())
+    if not highest > start:
         return float("nan"), float("nan")
-    levels = np.linspace(start, top, 11)[1:] - 1e-9
-    m, p = front(method[x], method[diversity], levels), front(plain[x], plain[diversity], levels)
-    return float(m.mean() / p.mean() - 1), float(m[-1] / p[-1] - 1)
+    levels = np.linspace(start, highest, 11)[1:] - 1e-9
+    ours = front(method[x], method[diversity], levels)
+    theirs = front(plain[x], plain[diversity], levels)
+    return float(ours.mean() / theirs.mean() - 1), float(ours[-1] / theirs[-1] - 1)
 
 
 def gain_at_equal_diversity(method, plain, diversity="eval/vendi"):
-    """Relative gain in alignment over the base model's, at ten diversities from the base model's down to the plain run's lowest.
+    """Relative gain in alignment over the base model's, at ten diversities.
 
-    NaN if the plain run loses no diversity or gains no alignment: then there is nothing to be relative to.
+    They go from the base model's down to the plain run's lowest. NaN if the plain run loses no
+    diversity or gains no alignment: then there is nothing to be relative to.
     """
     x = "eval/log_prob"
-    start, lowest = plain[diversity][0], plain[diversity].min()
+    start = plain[diversity][0]
+    lowest = plain[diversity].min()
     levels = np.linspace(start, lowest, 11)[1:] + 1e-9
-    m, p = front(method[diversity], method[x], levels), front(plain[diversity], plain[x], levels)
-    gained = p.mean() - plain[x][0]
-    return float((m.mean() - plain[x][0]) / gained - 1) if lowest < start and gained > 0 else float("nan")
+    ours = front(method[diversity], method[x], levels).mean() - plain[x][0]
+    theirs = front(plain[diversity], plain[x], levels).mean() - plain[x][0]
+    if not (lowest < start and theirs > 0):
+        return float("nan")
+    return float(ours / theirs - 1)
 
 
 def hypervolume(x, y, corner):
-    """Area of the union of the rectangles from `corner` (x, y) up to each point; a point that does not exceed the corner in both adds none.
+    """Area of the union of the rectangles from `corner` (x, y) up to each point.
+
+    A point that does not exceed the corner in both coordinates adds nothing.
 
     >>> hypervolume([1, 2], [10, 5], (0, 0))
     15.0
     """
-    area, height = 0.0, float(corner[1])
-    for a, b in sorted(((float(a), float(b)) for a, b in zip(x, y) if a > corner[0]), reverse=True):
-        area, height = area + (a - corner[0]) * max(0.0, b - height), max(height, b)
+    left = float(corner[0])
+    height = float(corner[1])
+    area = 0.0
+    points = [(float(a), float(b)) for a, b in zip(x, y) if a > left]
+    for a, b in sorted(points, reverse=True):
+        area += (a - left) * max(0.0, b - height)
+        height = max(height, b)
     return area
 
 
 def spread(values, scale=100, digits=1, sign="+"):
-    """Mean and standard error over the values that are numbers, by default in per cent; says so where some are none."""
-    kept = [v for v in values if np.isfinite(v)]
+    """Mean and standard error over the values that are not NaN, by default in per cent -> text.
+
+    Says how many these are where some are NaN.
+    """
+    kept = [value for value in values if np.isfinite(value)]
     if not kept:
         return "-"
-    error = f" +- {scale * np.std(kept, ddof=1) / len(kept) ** 0.5:.{digits}f}" if len(kept) > 1 else ""
-    return f"{scale * np.mean(kept):{sign}.{digits}f}" + error + f" ({len(kept)} of {len(values)})" * (len(kept) < len(values))
+    text = f"{scale * np.mean(kept):{sign}.{digits}f}"
+    if len(kept) > 1:
+        error = scale * np.std(kept, ddof=1) / len(kept) ** 0.5
+        text += f" +- {error:.{digits}f}"
+    if len(kept) < len(values):
+        text += f" ({len(kept)} of {len(values)})"
+    return text
 
 
 def table(runs):
-    """Runs {label: {seed: evaluations}} -> markdown: final metrics, and gains over the first label's run with the same seed."""
+    """Runs {label: {seed: evaluations}} -> markdown: final metrics, and gains over the first label.
+
+    A run is compared with the first label's run of the same seed.
+    """
     plain = next(iter(runs.values()))
-    corner = min(c["eval/log_prob"][0] for curves in runs.values() for c in curves.values()), 1.0
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    for label, curves in runs.items():
-        collapsed = any(c["eval/vendi"][-1] < COLLAPSED and not c.get("few") for c in curves.values())
-        end = [spread([c["eval/" + name][-1] for c in curves.values()], 1, 3, "") for name in METRICS]
-        pairs = [(curve, plain[seed]) for seed, curve in curves.items() if seed in plain]
-        equal, back = [gain_at_equal_alignment(*pair) for pair in pairs], [gain_at_equal_diversity(*pair) for pair in pairs]
-        volume = [hypervolume(c["eval/log_prob"], c["eval/vendi"], corner) for c in curves.values()]
-        cells = [spread(v) for v in ([e[0] for e in equal], [e[1] for e in equal], back)]
-        cells += [spread(volume, 1, 3, ""), spread([c.get("minutes", np.nan) for c in curves.values()], 1, 1, "")]
-        lines.append("| " + " | ".join([label + " COLLAPSED" * collapsed, str(len(curves)), *end, *cells]) + " |")
+    starts = [curve["eval/log_prob"][0] for seeds in runs.values() for curve in seeds.values()]
+    corner = (min(starts), 1.0)
+    count = len(COLUMNS)
+    lines = ["| " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---" * count + "|")
+    for label, seeds in runs.items():
+        cells = table_row(label, seeds, plain, corner)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def table_row(label, seeds, plain, corner):
+    """The cells of one label, in the order of COLUMNS."""
+    curves = list(seeds.values())
+    collapsed = [curve["eval/vendi"][-1] < COLLAPSED and not curve.get("few") for curve in curves]
+    cells = [f"{label} COLLAPSED" if any(collapsed) else label]
+    cells.append(str(len(curves)))
+    for name in METRICS:
+        final = [curve[f"eval/{name}"][-1] for curve in curves]
+        cells.append(spread(final, scale=1, digits=3, sign=""))
+
+    pairs = [(curve, plain[seed]) for seed, curve in seeds.items() if seed in plain]
+    at_alignment = [gain_at_equal_alignment(*pair) for pair in pairs]
+    cells.append(spread([mean for mean, _ in at_alignment]))
+    cells.append(spread([highest for _, highest in at_alignment]))
+    cells.append(spread([gain_at_equal_diversity(*pair) for pair in pairs]))
+
+    volumes = [hypervolume(curve["eval/log_prob"], curve["eval/vendi"], corner) for curve in curves]
+    cells.append(spread(volumes, scale=1, digits=3, sign=""))
+    minutes = [curve.get("minutes", np.nan) for curve in curves]
+    cells.append(spread(minutes, scale=1, digits=1, sign=""))
+    return cells
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures.
+
+
 def band(curves, x, y):
-    """Curves of a method's seeds -> levels [L] of x, from the start on, and y there [S, L]: fronts (the lowest of a Frechet distance), or over
-    iterations the curves themselves. The levels end where the first of the seeds does, so that the mean is over the same seeds all along."""
-    levels = np.linspace(min(c[x][0] for c in curves), min(c[x].max() for c in curves), 101)
+    """Curves of a method's S seeds -> levels [L] of the metric x, and the values [S, L] of y there.
+
+    The values are fronts (of a Frechet distance the lowest), or over iterations the curves
+    themselves. The levels end where the first of the seeds does, so that the mean is over the same
+    seeds everywhere.
+    """
+    start = min(curve[x][0] for curve in curves)
+    end = min(curve[x].max() for curve in curves)
+    levels = np.linspace(start, end, 101)
     if x == "iteration":
-        return levels, np.stack([np.interp(levels, c[x], c[y]) for c in curves])
+        return levels, np.stack([np.interp(levels, curve[x], curve[y]) for curve in curves])
     sign = -1 if y.startswith("eval/fid") else 1
-    return levels, np.stack([sign * front(c[x], sign * c[y], levels - 1e-12) for c in curves])
+    fronts = [front(curve[x], sign * curve[y], levels - 1e-12) for curve in curves]
+    return levels, sign * np.stack(fronts)
 
 
 def draw(runs, path, x=ALIGNMENT, panels=PANELS):
-    """The runs {label: {seed: evaluations}}, two metrics over x: a line is the mean over seeds, its band their range, dots the evaluations."""
+    """Draws metrics of the runs {label: {seed: evaluations}} over the metric x, a panel for each.
+
+    A line is the mean over seeds, its band their range, dots are the evaluations.
+    x and panels: (name of the metric, label of the axis).
+    """
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 5.6))
-    for axis, (metric, label) in zip(np.atleast_1d(axes), panels):
-        for n, (name, curves) in enumerate(runs.items()):
-            curves = list(curves.values())
-            levels, values = band(curves, x[0], metric)
-            axis.plot(levels, values.mean(0), color=f"C{n}", lw=2, label=f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})")
-            axis.fill_between(levels, values.min(0), values.max(0), color=f"C{n}", alpha=0.2, lw=0)
-            for curve in curves:
-                axis.plot(curve[x[0]], curve[metric], "o", color=f"C{n}", ms=2.5, alpha=0.5)
-        starts = [(c[x[0]][0], c[metric][0]) for curves in runs.values() for c in curves.values()]
-        axis.plot(*np.mean(starts, 0), "k*", ms=12, label="start: the base model")
-        down, title = metric.startswith("eval/fid"), "line: mean of the seeds; band: their range"
-        if x[0] != "iteration":
-            title = (f"line: the {'lowest distance' if down else 'highest diversity'} at this alignment or more, mean of the seeds; band: their range\n"
-                     f"better: to the right and {'down' if down else 'up'}")
-        axis.set_title(title, fontsize=9)
-        axis.set(xlabel=x[1], ylabel=label)
-        axis.grid(alpha=0.3)
-    np.atleast_1d(axes)[0].legend(fontsize=8)
+    size = (6.5 * len(panels), 5.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        draw_panel(axis, runs, x, panel)
+    axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
-    files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
+
+
+def draw_panel(axis, runs, x, y):
+    """Draws y over x, each a metric and its label: lines, bands, dots and the start."""
+    x_metric, x_label = x
+    y_metric, y_label = y
+    for number, (label, seeds) in enumerate(runs.items()):
+        color = f"C{number}"
+        curves = list(seeds.values())
+        levels, values = band(curves, x_metric, y_metric)
+        count = "1 seed" if len(curves) == 1 else f"{len(curves)} seeds"
+        axis.plot(levels, values.mean(0), color=color, lw=2, label=f"{label} ({count})")
+        axis.fill_between(levels, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
+        for curve in curves:
+            axis.plot(curve[x_metric], curve[y_metric], "o", color=color, ms=2.5, alpha=0.5)
+
+    starts = []
+    for seeds in runs.values():
+        starts += [(curve[x_metric][0], curve[y_metric][0]) for curve in seeds.values()]
+    axis.plot(*np.mean(starts, 0), "k*", ms=12, label="start: the base model")
+
+    axis.set_title(panel_title(x_metric, y_metric), fontsize=9)
+    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.grid(alpha=0.3)
+
+
+def panel_title(x_metric, y_metric):
+    """What the lines of a panel are, and which way is better."""
+    if x_metric == "iteration":
+        return "line: mean of the seeds; band: their range"
+    best, direction = "highest diversity", "up"
+    if y_metric.startswith("eval/fid"):
+        best, direction = "lowest distance", "down"
+    return (
+        f"line: the {best} at this alignment or more, mean of the seeds; band: their range\n"
+        f"better: to the right and {direction}"
+    )
 
 
 def grid_files(folders, labels):
-    """-> {title: PNG}: the first run's pictures before, then each run's after. Raises ValueError, in one line."""
-    runs, labels, found = open_runs(folders, labels), labels_of(folders, labels), {}
-    for folder, label in zip(folders, labels):
-        files = sorted(path for path in (Path(folder) / "grids").glob("*.png") if not path.name.startswith("."))
-        if len(files) < 2:
-            raise ValueError(f"{folder}: {len(files)} pictures in grids/, and two are needed, before and after; let the run evaluate again")
-        found = found or {"before": files[0]}
-        found[label + f", seed {read_config(folder)['seed']}" * (len(runs[label]) > 1)] = files[-1]
-    return found
+    """-> {title: PNG}: the first run's pictures before training, then each run's after it.
+
+    Raises ValueError, in one line.
+    """
+    runs = open_runs(folders, labels)
+    sheets = {}
+    for folder, label in zip(folders, labels_of(folders, labels)):
+        grids = (Path(folder) / "grids").glob("*.png")
+        pngs = sorted(path for path in grids if not path.name.startswith("."))
+        if len(pngs) < 2:
+            raise ValueError(
+                f"{folder}: {len(pngs)} pictures in grids/, and two are needed, before and after; "
+                "let the run evaluate again"
+            )
+        if not sheets:
+            sheets["before"] = pngs[0]
+        title = label
+        if len(runs[label]) > 1:
+            title = f"{label}, seed {read_config(folder)['seed']}"
+        sheets[title] = pngs[-1]
+    return sheets
 
 
-def draw_grids(files, path):
-    """{title: PNG of a run's grids/} -> one picture, the sheets side by side, with the prompts where a row is high enough for one: the same place
-    has the same prompt and noise in all."""
-    plt, prompts = pyplot(), said(read_config(Path(next(iter(files.values()))).parent.parent), "eval_prompts")
-    figure, axes = plt.subplots(1, len(files), figsize=(5 * len(files), 5.3), squeeze=False)
-    for axis, (title, file) in zip(axes[0], files.items()):
-        axis.imshow(plt.imread(file), interpolation="nearest")
-        axis.set_title(title), axis.axis("off")
-    if isinstance(prompts, list) and len(prompts) <= 30:                 # else their file has moved, or there is no room
-        high, wide = plt.imread(file).shape[:2]
+def draw_grids(sheets, path):
+    """{title: PNG of a run's grids/} -> one picture, the sheets side by side.
+
+    The same place has the same prompt and noise in all of them. The prompts stand beside the first
+    sheet, where its rows are high enough and their file has not moved.
+    """
+    plt = pyplot()
+    size = (5 * len(sheets), 5.3)
+    figure, axes = plt.subplots(1, len(sheets), figsize=size, squeeze=False)
+    for axis, (title, sheet) in zip(axes[0], sheets.items()):
+        image = plt.imread(sheet)
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(title)
+        axis.axis("off")
+
+    first_run = Path(next(iter(sheets.values()))).parent.parent
+    prompts = saved_value(read_config(first_run), "eval_prompts")
+    if isinstance(prompts, list) and len(prompts) <= 30:
+        height, width = image.shape[:2]
+        row_height = height / len(prompts)
+        font = {"ha": "right", "va": "center", "fontsize": min(8, 240 / len(prompts))}
         for row, prompt in enumerate(prompts):
-            axes[0, 0].text(-0.01 * wide, (row + 0.5) * high / len(prompts), prompt.text[:40], ha="right", va="center", fontsize=min(8, 240 / len(prompts)))
+            axes[0, 0].text(-0.01 * width, (row + 0.5) * row_height, prompt.text[:40], **font)
     figure.tight_layout()
-    files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
-    plt.close(figure)
+    save_figure(figure, path, dpi=80)
 
 
 def draw_coefficients(out, names):
-    """out/coefficients.png of merge.py: the policy's mean and std over the updates, a line for each checkpoint (the mean over blocks, if there are some)."""
-    plt, rows = pyplot(), [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    for k, (name, line) in enumerate(zip(names, np.mean([row["coefficients"] for row in rows], 1).T)):
-        axes[0].plot([row["update"] for row in rows], line, label=name, color=plt.get_cmap("turbo")((k + 0.5) / len(names)))
-    axes[1].plot([row["update"] for row in rows], [row["std"] for row in rows])
-    axes[0].set(xlabel="update", ylabel="mean of the policy: coefficient"), axes[1].set(xlabel="update", ylabel="its std, one line a block")
-    axes[0].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1)), axes[1].set_ylim(bottom=0)
-    files.write_atomic(Path(out) / "coefficients.png", lambda path: figure.savefig(path, dpi=100, format="png"))
-    plt.close(figure)
+    """out/coefficients.png of merge.py: the policy's mean and std over the updates.
+
+    names: of the K checkpoints; a line each, its mean over the blocks.
+    """
+    plt = pyplot()
+    rows = read_rows(Path(out) / "metrics.jsonl")
+    updates = [row["update"] for row in rows]
+    coefficients = np.array([row["coefficients"] for row in rows])  # [U, B, K], B blocks
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    colors = plt.get_cmap("turbo")
+    for name, line, number in zip(names, coefficients.mean(1).T, range(len(names))):
+        color = colors((number + 0.5) / len(names))
+        left.plot(updates, line, label=name, color=color)
+    left.set(xlabel="update", ylabel="mean of the policy: coefficient")
+    left.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    right.plot(updates, [row["std"] for row in rows])
+    right.set(xlabel="update", ylabel="its std, one line a block")
+    right.set_ylim(bottom=0)
+    save_figure(figure, Path(out) / "coefficients.png", dpi=100)
+
+
+def save_figure(figure, path, dpi):
+    """Writes a matplotlib figure as a PNG and closes it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))
+    pyplot().close(figure)
 
 
 def pyplot():
-    """matplotlib without a screen; imported here, for it takes a second."""
+    """matplotlib without a screen; imported here, since it takes a second."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     return plt

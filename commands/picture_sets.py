@@ -1,232 +1,381 @@
-"""Picture sets: drawn by a model, written as PNG or npz, and read again, all as the same bytes.
+"""Picture sets: drawn by a model, written as PNG files or an npz, and read again as the same bytes.
 
-`images` writes a folder of NNNNNN.png, or an npz as ADM's evaluation suite reads it (arr_0, uint8 [N, H, W, 3]), and beside either a json that
-says what it is a function of. Picture i is a function of (seed, i) alone, so processes, batches and interruptions change no picture but for
-rounding; what is there stays, and only the rest is drawn, unless the weights or the prompts are no longer those that the json tells of.
+`eval.py images` writes a folder of NNNNNN.png, or an npz as ADM's evaluation suite reads it (arr_0,
+uint8 [N, H, W, 3]); a json beside either says what the set is a function of. An npz is first drawn
+as PNG files into FILE.npz.parts/. Picture i is a function of (seed, i) alone, so processes, batches
+and interruptions change no picture but for rounding: pictures that exist stay, and only the others
+are drawn, unless the weights or the prompts are no longer those that the json names.
 Left out: latents, and pictures of several sizes in one npz.
 """
+
 import hashlib
 import json
-import numpy as np
 import shutil
 import sys
-import torch
-import zipfile
-import zlib
-from PIL import Image
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
 from tqdm import tqdm
+
 import bases
 from bases import files as base_files
-from rewards import metrics
-from support import files
-from support import flags
-from support import processes
-from bases.files import locate
 from prompting import read_prompts
-from rewards.targets import check_npz, picture_files, read_picture
+from rewards import metrics
+from rewards.targets import picture_files, read_npz, read_picture
 from sampling import sample, seeded_noise
-from support.processes import gather, share
+from support import files, flags, processes
 
-EVAL_STREAM = 2                                                          # keeps held-out noise apart from the training's
+EVAL_STREAM = 2  # keeps the evaluation's noise apart from the training's
+
+# Files that mark a model folder, which may also hold pictures.
+MODEL_FILES = ("model_index.json", "sit.safetensors", "edm2.safetensors")
+
+# Shapes: N pictures of P prompts, n of each, in this order; B pictures of one forward.
 
 
-@torch.no_grad()                                                         # in inference_mode, --shard would gather weights for it alone
+# --------------------------------------------------------------------------------------------------
+# Drawing.
+
+
+@torch.no_grad()  # not inference_mode: in it, --shard would gather the weights for it alone
 def stream(model, prompts, n, numbers, steps, guidance, key, batch):
-    """The pictures `numbers` of P prompts, n each, by the deterministic sampler: yields (numbers [B], pictures [B, 3, H, W]). Picture i has
-    prompt i // n, and noise that is a function of (key, i) alone."""
-    times, numbers = model.path.times(steps), torch.as_tensor(numbers, dtype=torch.long)
-    null = model.encode([""])
-    for i in numbers.split(batch) if len(numbers) else ():
-        x_T = seeded_noise(key, i, model.shape).to(model.device) * model.initial_std
-        prompt = model.encode([prompts[j // n].text for j in i.tolist()])
-        yield i, model.decode(sample(model, model.path, times, prompt, x_T, guidance, null)).float()
+    """Draws pictures by the deterministic sampler: yields (numbers [B], pictures [B, 3, H, W]).
+
+    numbers: which of the P n pictures. Picture i has prompt i // n, and noise that is a function of
+    (key, i) alone. (Eight parameters: what the pictures are a function of, and the batch.)
+    """
+    times = model.path.times(steps)
+    null_prompt = model.encode([""])
+    numbers = torch.as_tensor(numbers, dtype=torch.long)
+    if not len(numbers):
+        return
+    for part in numbers.split(batch):
+        noise = seeded_noise(key, part, model.shape).to(model.device)
+        x_T = noise * model.initial_std
+        prompt = model.encode([prompts[number // n].text for number in part.tolist()])
+        latents = sample(model, model.path, times, prompt, x_T, guidance, null_prompt)
+        yield part, model.decode(latents).float()
 
 
 def pictures(model, prompts, n, numbers, steps, guidance, key, batch):
-    """All that `stream` yields -> [len(numbers), 3, H, W]."""
-    images = [x for _, x in stream(model, prompts, n, numbers, steps, guidance, key, batch)]
-    return torch.cat(images) if images else model.decode(torch.zeros(0, *model.shape, device=model.device))
-
-
-def open_model(name, prompts, device, precision):
-    """The model with its prompts encoded: what its files hold, and whether a prompt is a class, shows only now, before anything is written."""
-    with flags.refusing():
-        model = bases.load(name, device, precision)
-        model.forget_text_encoders([p.text for p in prompts] + [""])     # what they made of the prompts is kept for `stream`
-    return model
+    """All pictures that `stream` yields -> [len(numbers), 3, H, W]."""
+    drawn = stream(model, prompts, n, numbers, steps, guidance, key, batch)
+    images = [part for _, part in drawn]
+    if not images:
+        return model.decode(torch.zeros(0, *model.shape, device=model.device))
+    return torch.cat(images)
 
 
 def generate(model, prompts, n, steps, guidance, seed, batch):
-    """n pictures for each of P prompts -> [P * n, 3, H, W], prompt by prompt, on every process; each draws its share."""
-    mine = pictures(model, prompts, n, list(share(len(prompts) * n)), steps, guidance, (EVAL_STREAM, seed), batch)
-    return gather(mine, len(prompts) * n)
+    """n pictures for each of P prompts -> [P n, 3, H, W] on every process; each draws its share."""
+    total = len(prompts) * n
+    numbers = list(processes.share(total))
+    key = (EVAL_STREAM, seed)
+    ours = pictures(model, prompts, n, numbers, steps, guidance, key, batch)
+    return processes.gather(ours, total)
+
+
+def open_model(name, prompts, device, precision):
+    """Loads a model and encodes its prompts, before anything is written.
+
+    What its files hold, and whether a prompt is one of its classes, shows only now.
+    """
+    with flags.refusing():
+        model = bases.load(name, device, precision)
+        # The embeddings of these prompts are kept, for `stream`.
+        model.forget_text_encoders([prompt.text for prompt in prompts] + [""])
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# eval.py images: writing a set.
 
 
 def sidecar(out):
-    return Path(f"{out}.json") if Path(out).suffix == ".npz" else Path(out) / "config.json"
+    """The json that says how a set was made: FILE.npz.json, or config.json in its folder."""
+    if Path(out).suffix == ".npz":
+        return Path(f"{out}.json")
+    return Path(out) / "config.json"
+
+
+def parts_of(out):
+    """The folder in which the pictures of FILE.npz wait until all are drawn."""
+    return Path(f"{out}.parts")
 
 
 def settings(args):
-    """What a set of pictures is a function of: the flags."""
-    return {name: getattr(args, name) for name in ("model", "prompts", "n", "steps", "guidance", "precision", "seed")}
+    """The flags that a set of pictures is a function of."""
+    names = ("model", "prompts", "n", "steps", "guidance", "precision", "seed")
+    return {name: getattr(args, name) for name in names}
 
 
 def digests(args, prompts):
-    """And what they name: digests of the network's files (and its guide's), whole, and of the prompts' texts. -> {name in the json: digest}"""
-    *_, file, guide = locate(args.model)
-    found = hashlib.sha256()
-    for path in [*([file] if file else base_files.network_files(args.model)), *([guide] if guide else [])]:
+    """Digests of what these flags name: the files of the network and of its guide, the prompts."""
+    *_, file, guide = base_files.locate(args.model)
+    paths = [file] if file else list(base_files.network_files(args.model))
+    if guide:
+        paths.append(guide)
+    network = hashlib.sha256()
+    for path in paths:
         with open(path, "rb") as opened:
-            found.update(hashlib.file_digest(opened, "sha256").digest())
-    return {"network_digest": found.hexdigest()[:16], "prompts_digest": hashlib.sha256(json.dumps([p.text for p in prompts]).encode()).hexdigest()[:16]}
+            network.update(hashlib.file_digest(opened, "sha256").digest())
+    texts = json.dumps([prompt.text for prompt in prompts])
+    return {
+        "network_digest": network.hexdigest()[:16],
+        "prompts_digest": hashlib.sha256(texts.encode()).hexdigest()[:16],
+    }
+
+
+def check_digests(args, current):
+    """Refuses to go on with a set that other weights or other prompts have begun."""
+    saved = read_sidecar(args.out)
+    named = {
+        "network_digest": f"the weights of {args.model}",
+        "prompts_digest": f"the texts of {args.prompts}",
+    }
+    for name, what in named.items():
+        if name in saved and saved[name] != current[name]:  # older files have no digests
+            flags.refuse(
+                f"--out {args.out}: {what} have changed since it was made; choose another --out"
+            )
 
 
 def make_images(args, prompts):
-    """Writes the pictures that are not there yet; those of an npz as parts, which are put together when all are done."""
-    device, out, there, here = processes.start(args.device), Path(args.out), read_sidecar(args.out), digests(args, prompts)
-    for name, what in (("network_digest", f"the weights of {args.model}"), ("prompts_digest", f"the texts of {args.prompts}")):
-        if there.get(name, here[name]) != here[name]:                    # an older json has none
-            flags.refuse(f"--out {out}: {what} have changed since it was made; choose another --out")
-    packed, parts = out.suffix == ".npz", Path(f"{out}.parts")
-    folder = parts if packed else out
-    if packed:
-        done = set(range(args.n)) if out.is_file() else {i for part in parts.glob("[0-9]*.npz") for i in np.load(part)["numbers"].tolist()}
-    else:
-        done = {int(path.stem) for path in out.glob("[0-9]*.png")}
-    todo = [i for i in range(args.n) if i not in done]
-    mine, model = [todo[k] for k in share(len(todo))], open_model(args.model, prompts, device, args.precision) if todo else None
-    processes.all_sum(torch.zeros(1, device=device))                       # all have looked before any writes
-    if processes.rank() == 0 and todo:
+    """Draws the pictures of --out that do not exist yet. Collective: call on every process."""
+    device = processes.start(args.device)
+    out = Path(args.out)
+    is_npz = out.suffix == ".npz"
+    folder = parts_of(out) if is_npz else out
+    current = digests(args, prompts)
+    check_digests(args, current)
+
+    missing = []
+    if not (is_npz and out.is_file()):
+        existing = {int(path.stem) for path in folder.glob("[0-9]*.png")}
+        missing = [number for number in range(args.n) if number not in existing]
+    model = None
+    if missing:
+        model = open_model(args.model, prompts, device, args.precision)
+    wait_for_all(device)  # every process has looked before any writes
+
+    if missing and processes.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(sidecar(out), lambda path: path.write_text(json.dumps(settings(args) | here, indent=2) + "\n"))
-    processes.all_sum(torch.zeros(1, device=device))
-    if mine:
-        with tqdm(total=len(mine), disable=processes.rank() > 0, desc="pictures", unit="") as bar:
-            for numbers, x in stream(model, prompts, args.n // len(prompts), mine, args.steps, args.guidance, (EVAL_STREAM, args.seed), args.batch):
-                save_pictures(folder, numbers.tolist(), files.to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), packed)
-                bar.update(len(numbers))
-    processes.all_sum(torch.zeros(1, device=device))
+        text = json.dumps(settings(args) | current, indent=2) + "\n"
+        files.write_atomic(sidecar(out), lambda path: path.write_text(text))
+    wait_for_all(device)
+
+    ours = [missing[place] for place in processes.share(len(missing))]
+    if ours:
+        draw_into(folder, args, model, prompts, ours)
+    wait_for_all(device)
+
     if processes.rank() == 0:
-        if packed:
-            if todo or not out.is_file():
-                assemble(parts, out, args.n)
-            shutil.rmtree(parts, ignore_errors=True)
-        print(f"{out}: " + ("already complete" if not todo else f"{args.n} pictures of {len(prompts)} prompts") + f"; settings in {sidecar(out)}")
+        if is_npz:
+            if not out.is_file():
+                pack(folder, out, args.n)
+            shutil.rmtree(folder, ignore_errors=True)
+        done = f"{args.n} pictures of {len(prompts)} prompts" if missing else "already complete"
+        print(f"{out}: {done}; settings in {sidecar(out)}")
 
 
-def save_pictures(folder, numbers, pixels, packed):
-    """Pixels [B, H, W, 3], uint8, as NNNNNN.png each, or as one part that is named after its first picture."""
-    if packed:
-        files.write_atomic(folder / f"{numbers[0]:06d}.npz", lambda path: np.savez(path, numbers=numbers, pixels=pixels))
-        return
-    for i, image in zip(numbers, pixels):
-        files.write_atomic(folder / f"{i:06d}.png", lambda path: Image.fromarray(image).save(path, format="PNG"))
+def wait_for_all(device):
+    """A barrier: returns when every process has come here."""
+    processes.all_sum(torch.zeros(1, device=device))
 
 
-def assemble(parts, out, n):
-    """The parts -> an npz as ADM's evaluation reads it: arr_0, uint8 [n, H, W, 3], uncompressed."""
+def draw_into(folder, args, model, prompts, numbers):
+    """Draws the pictures `numbers` and writes each as NNNNNN.png, so that a kill loses few."""
+    n = args.n // len(prompts)
+    key = (EVAL_STREAM, args.seed)
+    drawn = stream(model, prompts, n, numbers, args.steps, args.guidance, key, args.batch)
+    quiet = processes.rank() > 0
+    with tqdm(total=len(numbers), disable=quiet, desc="pictures", unit="") as bar:
+        for part, images in drawn:
+            pixels = files.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
+            for number, picture in zip(part.tolist(), pixels):
+                save_picture(folder / f"{number:06d}.png", picture)
+            bar.update(len(part))
+
+
+def save_picture(path, pixels):
+    """pixels: uint8 [H, W, 3]."""
+    image = Image.fromarray(pixels)
+    files.write_atomic(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
+def pack(folder, out, n):
+    """The n PNG files of a folder -> an npz with arr_0, uint8 [n, H, W, 3], uncompressed."""
     pixels = None
-    for part in sorted(parts.glob("[0-9]*.npz")):
-        with np.load(part) as file:
-            numbers, x = file["numbers"], file["pixels"]
-        pixels = np.zeros((n, *x.shape[1:]), np.uint8) if pixels is None else pixels
-        pixels[numbers] = x
+    for number in range(n):
+        picture = read_picture(folder / f"{number:06d}.png").transpose(1, 2, 0)
+        if pixels is None:
+            pixels = np.zeros((n, *picture.shape), np.uint8)
+        pixels[number] = picture
     files.write_atomic(out, lambda path: np.savez(path, arr_0=pixels))
+
+
+# --------------------------------------------------------------------------------------------------
+# eval.py score: reading a set.
 
 
 @dataclass
 class Pictures:
-    """A set to judge. read(numbers, device) yields floats [B, 3, H, W] that are bytes over 255; size None: only the model can tell."""
+    """A set to evaluate: a folder of pictures, an npz, or a model that draws them when read."""
+
     name: str
-    total: int
-    prompts: list | None                                                 # P of them; picture i has number i * P // total
-    size: tuple | None
-    read: Callable
-    model: str = ""                                                      # the folder of the model that drew them, if that is known
-
-
-def read_npz(path):
-    """-> arr_0, uint8 [N, H, W, 3]. Raises ValueError, in one line; nothing is unpickled."""
-    try:
-        check_npz(path, "arr_0")
-        with np.load(path, allow_pickle=False) as file:
-            pixels = file["arr_0"]
-    except KeyError:
-        raise ValueError(f"{path}: holds no arr_0; an npz of pictures has arr_0, uint8, [N, H, W, 3]") from None
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not an npz file of pictures ({' '.join(str(error).split())})") from None
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
-        raise ValueError(f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}; expected uint8 [N, H, W, 3]")
-    return pixels
+    total: int  # N
+    prompts: list | None  # P of them; picture i has prompt i * P // N
+    size: tuple | None  # height and width; None: only the model can tell
+    read: Callable  # read(numbers, device) yields float pictures [B, 3, H, W], bytes over 255
+    model: str = ""  # the model that drew them, "" if that is not known
 
 
 def open_pictures(args, name):
-    """A model folder, a folder of pictures or an npz -> Pictures. Raises ValueError, in one line; no weight is read."""
+    """A model, a folder of pictures or an npz -> Pictures. No weight is read.
+
+    Raises ValueError, in one line, for anything else and for a set that is damaged or unfinished.
+    """
     path = Path(name)
     if (path / "metrics.jsonl").is_file():
         raise ValueError(f"{name}: is a run folder; give its model/, {path / 'model'}")
-    is_model = any((path / mark).exists() for mark in ("model_index.json", "sit.safetensors", "edm2.safetensors"))     # which may hold pictures too
-    files = [] if path.suffix == ".npz" or is_model else [p for p in picture_files(path) if not p.name.startswith(".")]
-    if path.suffix != ".npz" and not files:
-        try:
-            folder = bases.check(name)
-        except ValueError as error:
-            raise ValueError(f"{name}: neither pictures (a folder, or an .npz with arr_0) nor a model ({error})") from None
-        return drawn_pictures(args, name, args.prompts or str(folder / "eval_prompts.jsonl"))
-    if files:
-        total, size, one = len(files), read_picture(files[0]).shape[1:], lambda i: read_picture(files[i])
-    else:
-        pixels = read_npz(path)
-        total, size, one = len(pixels), pixels.shape[1:3], lambda i: pixels[i].transpose(2, 0, 1)
-    said = read_sidecar(name)
-    if said and said["n"] != total:
-        raise ValueError(f"{name}: {total} pictures of {said['n']}; finish it by the same eval.py images command")
-    where = args.prompts or said.get("prompts", "")
-    prompts = read_prompts(where) if where else None
-    chosen = choose(total, args.n or total, len(prompts) if prompts else 0, name)
+    if path.suffix == ".npz":
+        return npz_pictures(args, name)
+
+    is_model = any((path / file).exists() for file in MODEL_FILES)
+    if not is_model:
+        pngs = [file for file in picture_files(path) if not file.name.startswith(".")]
+        if pngs:
+            return folder_pictures(args, name, pngs)
+    try:
+        folder = bases.check(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: neither pictures (a folder, or an .npz with arr_0) nor a model ({error})"
+        ) from None
+    return drawn_pictures(args, name, args.prompts or str(folder / "eval_prompts.jsonl"))
+
+
+def npz_pictures(args, name):
+    """An npz with arr_0, uint8 [N, H, W, 3] -> Pictures."""
+    pixels = read_pixels(name)
+
+    def picture(number):
+        return pixels[number].transpose(2, 0, 1)
+
+    return stored_pictures(args, name, len(pixels), pixels.shape[1:3], picture)
+
+
+def folder_pictures(args, name, paths):
+    """The files of a folder of pictures -> Pictures."""
+
+    def picture(number):
+        return read_picture(paths[number])
+
+    size = picture(0).shape[1:]
+    return stored_pictures(args, name, len(paths), size, picture)
+
+
+def stored_pictures(args, name, total, size, picture):
+    """`total` pictures of `size` [H, W]; picture(number) -> uint8 [3, H, W]."""
+    saved = read_sidecar(name)
+    if saved and saved["n"] != total:
+        raise ValueError(
+            f"{name}: {total} pictures of {saved['n']}; "
+            "finish it by the same eval.py images command"
+        )
+    prompt_file = args.prompts or saved.get("prompts", "")
+    prompts = read_prompts(prompt_file) if prompt_file else None
+    P = len(prompts) if prompts else 0
+    chosen = choose(total, args.n or total, P, name)
 
     def read(numbers, device):
-        for at in range(0, len(numbers), args.batch):
-            try:
-                images = [torch.from_numpy(np.ascontiguousarray(one(chosen[i]))) for i in numbers[at:at + args.batch]]
-            except ValueError as error:                                  # a picture whose end is missing; on whichever process it is
-                print(f"error: {error}", file=sys.stderr)
-                raise SystemExit(2) from None
-            for stack in torch.stack(images).split(args.batch) if len({x.shape for x in images}) == 1 else [x[None] for x in images]:
-                yield stack.to(device).float() / 255
-    return Pictures(name, len(chosen), prompts, tuple(size), read, said.get("model", ""))
+        for start in range(0, len(numbers), args.batch):
+            part = numbers[start : start + args.batch]
+            images = load_pictures(picture, [chosen[number] for number in part])
+            shapes = {image.shape for image in images}
+            if len(shapes) == 1:
+                yield torch.stack(images).to(device).float() / 255
+            else:
+                for image in images:
+                    yield image[None].to(device).float() / 255
+
+    return Pictures(name, len(chosen), prompts, tuple(size), read, saved.get("model", ""))
 
 
-def drawn_pictures(args, name, where):
-    """The Pictures of a model, drawn when they are read."""
-    prompts, total = read_prompts(where), args.n or 1000
-    choose(total, total, len(prompts), where)
+def load_pictures(picture, numbers):
+    """-> list of uint8 [3, H, W]. A damaged file ends the process that reads it, with code 2."""
+    try:
+        return [torch.from_numpy(np.ascontiguousarray(picture(number))) for number in numbers]
+    except ValueError as error:
+        # Not flags.refuse: it prints on the first process only, and this may be another.
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def drawn_pictures(args, name, prompt_file):
+    """The pictures of a model, which draws them when they are read."""
+    prompts = read_prompts(prompt_file)
+    total = args.n or 1000
+    choose(total, total, len(prompts), prompt_file)
 
     def read(numbers, device):
         model = open_model(name, prompts, device, args.precision)
-        for _, x in stream(model, prompts, total // len(prompts), list(numbers), args.steps, args.guidance, (EVAL_STREAM, args.seed), args.batch):
-            yield files.to_uint8(x).float() / 255
+        n = total // len(prompts)
+        key = (EVAL_STREAM, args.seed)
+        drawn = stream(model, prompts, n, list(numbers), args.steps, args.guidance, key, args.batch)
+        for _, images in drawn:
+            yield files.to_uint8(images).float() / 255
+
     return Pictures(name, total, prompts, None, read, name)
 
 
-def choose(total, n, P, where):
-    """The numbers of n of `total` pictures, the first ones of each of P prompts, or at even steps if there are no prompts (P = 0)."""
+def choose(total, n, P, name):
+    """The numbers of n of `total` pictures: the first ones of each of P prompts.
+
+    Without prompts (P = 0) at even steps. Raises ValueError where P does not divide both.
+    """
     for count in (total, n):
-        if count % (P or 1):
-            raise ValueError(f"--n {count}: must be a multiple of the {P} prompts of {where}; {count - count % P + P} is the next")
+        if P and count % P:
+            raise ValueError(
+                f"--n {count}: must be a multiple of the {P} prompts of {name}; "
+                f"{count - count % P + P} is the next"
+            )
     if n > total:
-        raise ValueError(f"--n {n}: {where} holds only {total} pictures")
-    return [p * (total // P) + k for p in range(P) for k in range(n // P)] if P else metrics.evenly(total, n)
+        raise ValueError(f"--n {n}: {name} holds only {total} pictures")
+    if not P:
+        return metrics.evenly(total, n)
+    chosen = []
+    for prompt in range(P):
+        first = prompt * (total // P)
+        chosen += range(first, first + n // P)
+    return chosen
+
+
+def read_pixels(path):
+    """The arr_0 of an npz of pictures -> uint8 [N, H, W, 3]. Raises ValueError, in one line."""
+    (pixels,) = read_npz(path, "arr_0")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
+        raise ValueError(
+            f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}; expected uint8 [N, H, W, 3]"
+        )
+    return pixels
 
 
 def read_sidecar(name):
-    """What `images` wrote beside a set -> its settings, {} if there are none. Raises ValueError if they are damaged."""
+    """What `images` wrote beside a set -> its settings, {} if there are none.
+
+    Raises ValueError, in one line, if they are damaged.
+    """
     path = sidecar(name)
+    if not path.is_file():
+        return {}
     try:
-        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable ({error}); remove it or make the pictures again") from None
-    return said if isinstance(said, dict) and {"model", "prompts", "n"} <= {*said} else {}           # else: somebody else's
+        saved = files.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; or remove it and make the pictures again") from None
+    is_ours = {"model", "prompts", "n"} <= saved.keys()
+    return saved if is_ours else {}

@@ -19,7 +19,7 @@ from rewards import Reward
 from rewards.features import load_features
 from rewards.targets import ReferenceSet, open_reference_set
 from sampling import Policy
-from support import files, flags, guards, processes
+from support import compiling, files, flags, guards, processes
 from support.averages import Averages
 from support.sharding import shard
 
@@ -51,7 +51,7 @@ def open_setup(args, prompts, eval_prompts, device):
         model.forget_text_encoders([*texts, ""])
         trained = choose_trained(args, model.network)
         if args.compile:
-            guards.check_compiled(model, model.encode(texts[:1]), trained.values())
+            compiling.check_gradients(model, model.encode(texts[:1]), trained.values())
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
         diversity_features = None
         if args.diversity_features != "latents":
@@ -160,8 +160,8 @@ class Run:
             )
         self.metrics.write({"iteration": iteration} | metrics)
 
-    def save(self, iteration, stop):
-        """The final model, snapshots for merge.py, a checkpoint: whichever is due."""
+    def save_results(self, iteration):
+        """The final model and snapshots for merge.py: whichever is due."""
         args, setup = self.args, self.setup
         if iteration == args.iterations:
             self.save_final_model()
@@ -174,17 +174,21 @@ class Run:
                 args.model,
                 args.keep_snapshots,
             )
-        if stop or self.is_due(iteration, args.save_every):
-            if not args.shard:
-                processes.check_equal(setup.trained, self.device)
-            files.save_checkpoint(
-                self.out,
-                iteration,
-                self.tensors,
-                setup.optimizer,
-                self.metrics.lines,
-                args.keep_checkpoints,
-            )
+
+    def save_checkpoint(self, iteration, stop):
+        """All that the same command needs to go on from here; when it is due, or at a stop."""
+        if not stop and not self.is_due(iteration, self.args.save_every):
+            return
+        if not self.args.shard:
+            processes.check_equal(self.setup.trained, self.device)
+        files.save_checkpoint(
+            self.out,
+            iteration,
+            self.tensors,
+            self.setup.optimizer,
+            self.metrics.lines,
+            self.args.keep_checkpoints,
+        )
 
     def save_final_model(self):
         """model/, and lora/ if a LoRA was trained."""

@@ -1,7 +1,7 @@
 """Builds assets/tiny, the base that the default run fine-tunes: a small Stable Diffusion 3.
 
     python experiments/build_tiny.py                # the Debian package dataset-fashion-mnist
-    python experiments/build_tiny.py --data FOLDER  # or a folder with the four idx files (.gz or not)
+    python experiments/build_tiny.py --data FOLDER  # or a folder of the four idx files (.gz or not)
     python experiments/build_tiny.py --report       # the quality of what was built
 
 It is made from the 60,000 training photographs of Fashion-MNIST (28 x 28, grey):
@@ -409,7 +409,8 @@ def save_generator(folder, model):
 
 def write_prompts(folder):
     """prompts.jsonl: three prompts a class. eval_prompts.jsonl: one, phrased as none of these."""
-    prompts, eval_prompts = [], []
+    prompts = []
+    eval_prompts = []
     for label, nouns in enumerate(NOUNS):
         phrases = [noun_phrase([noun]) for noun in nouns]
         texts = [f"photo of {phrase}" for phrase in phrases] + phrases

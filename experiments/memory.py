@@ -49,7 +49,8 @@ from bases.lora import add_lora  # noqa: E402
 from support import flags  # noqa: E402
 from support.averages import EMA_LENGTHS  # noqa: E402
 
-MB, GB = 2**20, 2**30
+MB = 2**20
+GB = 2**30
 RESERVE = 1.5  # GB that are kept free
 GPUS = (24, 40, 80)  # GB of a GPU
 SIZES = (1, 256, 512)  # pictures in the forwards that are counted; all take the same time

@@ -553,7 +553,8 @@ def worker(base, options):
     folder = TINY if base == "tiny" else Path(base)
     bench = open_bench(base, folder, options, device)
     once = partial(iterate, bench, bench.setup)
-    alone, shared = [], []
+    alone = []
+    shared = []
     for _ in range(1 + options.repeats):
         if processes.rank() == 0:
             # While no group seems to exist, this process gets all the work.

@@ -1,96 +1,138 @@
-"""Rewards by name, and sums of them.
+"""Rewards of images by name, and weighted sums of them: the mini-language of --reward.
 
-Sample-wise, (images[B, 3, H, W] in [0, 1], prompts, metadata) -> float32 [B]:
-    class               log p(label | picture) of the model folder's reward classifier, no less than FLOOR: did you draw what was asked?
-    margin              the log-odds of the same, log p - log(1 - p): it has no ceiling, so the most typical pictures pay ever more
-    ink                 brightness times p(label | picture): a toy that invites hacking
-    clip[:MODEL]        100 cos(picture, prompt) of a CLIP's embeddings: CLIPScore (arXiv 2104.08718) in percent, not cut off below 0
-    pickscore[:MODEL]   exp(logit_scale) cos(picture, prompt) / 26 of PickScore (arXiv 2305.01569), the scale of Flow-GRPO
-    aesthetic:FILE      LAION's aesthetic score, about 1 to 10: FILE is the linear-MSE head on CLIP ViT-L/14; @MODEL after it is another copy of it
-    jpeg                minus the kilobytes (1000 bytes) of the picture as a JPEG of quality 95; incompressible: plus (DDPO, arXiv 2305.13301)
-    module:function     your own, of the same signature
-Distribution-wise: fid, kid, in dist_reward.py. A mixture is written pickscore:1,aesthetic:head.pth:0.2,fid:0.5, each name[:argument][:weight]:
-every term is centred and divided by its own std, then weighted. A reward that fails, or returns a wrong shape or a number that is not finite,
-is an error and never a score. Left out: rewards that ask a server; write those as module:function.
+A sum is written class:1,aesthetic:head.pth:0.2,fid:0.5: terms name[:argument][:weight], weight 1
+if left out. Training centres each term, divides it by its own std, and then weights it.
+
+    class, margin, ink    the model folder's classifier: rewards/classifier.py
+    clip[:MODEL]          CLIPScore in percent: rewards/clip.py. MODEL is a hub id or a folder
+    pickscore[:MODEL]     PickScore
+    aesthetic:FILE        LAION's head, a file, on CLIP ViT-L/14; aesthetic:FILE@MODEL on another
+    jpeg, incompressible  minus and plus the kilobytes of a JPEG (DDPO, arXiv 2305.13301)
+    fid, kid              rewards of the distribution: dist_reward.py
+    module:function       your own: images [B, 3, H, W] in [0, 1], prompts, metadata -> [B]
+
+A reward that fails, or whose shape is wrong or whose numbers are not finite, is an error and never
+a score. Left out: rewards that ask a server; write those as module:function.
 """
-import functools
-import importlib
+
 import io
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 from PIL import Image
-from collections import Counter
-from collections import namedtuple
-from pathlib import Path
-from rewards.classifier import NAMES, check_classifier, load_classifier
-from rewards.clip import CLIPS, Clip, load_head, read_clip, to_bytes
+
+from rewards.classifier import (
+    NAMES,
+    ClassifierTerm,
+    SharedLogits,
+    check_classifier,
+    load_classifier,
+)
+from rewards.clip import CLIPS, HEAD_FEATURES, AestheticTerm, Clip, ClipTerm, load_head, read_clip
+from rewards.features import load_function
+from support.files import to_uint8
 
 JPEG = {"jpeg": -1, "incompressible": 1}
 DISTRIBUTION = ("fid", "kid")
 KNOWN = (*NAMES, *JPEG, *CLIPS, *DISTRIBUTION)
 
 
-def jpeg_kilobytes(images):
-    """images [B, 3, H, W] in [0, 1] -> [B]: thousands of bytes as a JPEG of quality 95, NaN for a picture that is not finite.
-
-    >>> grey, noise = torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64)
-    >>> bool(jpeg_kilobytes(grey[None]) < 0.2 * jpeg_kilobytes(noise[None]))       # what pays for small files pays for empty pictures
-    True
-    """
-    sizes = []
-    for image in to_bytes(images).cpu():
-        file = io.BytesIO()
-        Image.fromarray(image.nan_to_num().byte().permute(1, 2, 0).numpy()).save(file, format="JPEG", quality=95)
-        sizes.append(float("nan") if image.isnan().any() else file.tell() / 1000)
-    return torch.tensor(sizes, device=images.device)
-Term = namedtuple("Term", "name argument model weight")                 # name: of KNOWN, or your module; argument: model, file or function
+# --------------------------------------------------------------------------------------------------
+# The mini-language.
 
 
-def number(text):
+class Term(NamedTuple):
+    """One term of --reward."""
+
+    name: str  # one of KNOWN, or your module
+    argument: str  # a CLIP, the head's file or your function, as written; "" if there is none
+    model: str | None  # the CLIP that it needs
+    weight: float
+
+    @property
+    def short_name(self):
+        """What it is called in the metrics, where that is unique."""
+        return self.name if self.name in KNOWN else self.argument
+
+    @property
+    def full_name(self):
+        return f"{self.name}:{self.argument}" if self.argument else self.name
+
+
+def is_number(text):
+    """Whether float(text) is possible."""
     try:
-        return float(text)
+        float(text)
     except ValueError:
-        return None
+        return False
+    return True
+
+
+def split_term(text):
+    """'clip:a/b:0.5' -> its name, argument and weight, as texts. The weight is last, a number."""
+    name, colon, rest = text.strip().partition(":")
+    takes_argument = name in CLIPS or name not in KNOWN
+    if not takes_argument or not rest:
+        return name, "", rest if colon else "1"
+    argument, _, last = rest.rpartition(":")
+    if is_number(last):
+        return name, argument, last
+    return name, rest, "1"
 
 
 def parse_term(spec, text):
-    """'pickscore', 'clip:openai/clip-vit-base-patch32:0.5' or 'module:function:2' -> Term: the weight is the last part, if it is a number."""
-    name, colon, rest = text.strip().partition(":")
-    argument, _, weight = rest.rpartition(":")
-    if not rest or name in KNOWN and name not in CLIPS:                  # those take no argument, so all the rest is to be the weight
-        argument, weight = "", rest if colon else "1"
-    elif number(weight) is None:
-        argument, weight = rest, "1"
-    if name not in KNOWN and not all(part.isidentifier() for part in (*name.split("."), argument)):
-        raise ValueError(f"--reward {spec}: {name!r} is none of {', '.join(KNOWN)}, module:function")
-    if number(weight) is None:
+    """'pickscore', 'clip:openai/clip-vit-base-patch32:0.5' or 'module:function:2' -> Term.
+
+    spec: the whole of --reward, for the ValueError.
+    """
+    name, argument, weight = split_term(text)
+    if name not in KNOWN:
+        words = [*name.split("."), argument]
+        if not all(word.isidentifier() for word in words):
+            raise ValueError(
+                f"--reward {spec}: {name!r} is none of {', '.join(KNOWN)}, module:function"
+            )
+    if not is_number(weight):
         raise ValueError(f"--reward {spec}: {weight!r} is not a number; write {name}:1")
-    if not 0 < abs(number(weight)) < float("inf"):
+    weight = float(weight)
+    if not 0 < abs(weight) < float("inf"):
         raise ValueError(f"--reward {spec}: the weight of {name} must be finite and not zero")
+
     model = argument
     if name == "aesthetic":
-        argument, _, model = argument.partition("@")                     # not a comma, which parts terms
+        argument, _, model = argument.partition("@")  # a comma would end the term
         if not argument:
-            raise ValueError(f"--reward {spec}: aesthetic needs the file of its head; write aesthetic:FILE:1")
-    return Term(name, argument, model or CLIPS.get(name), number(weight))
+            raise ValueError(
+                f"--reward {spec}: aesthetic needs the file of its head; write aesthetic:FILE:1"
+            )
+    return Term(name, argument, model or CLIPS.get(name), weight)
 
 
 def parse_terms(spec):
-    """-> {key: Term}. The key, as in metrics, is the name or your function's; where that is not unique, or another reward's, name:argument."""
-    terms, found = [parse_term(spec, text) for text in spec.split(",")], {}
-    short = [term.name if term.name in KNOWN else term.argument for term in terms]
-    for term, key in zip(terms, short):
-        if Counter(short)[key] > 1 or term.name not in KNOWN and key in KNOWN:
-            key = ":".join(filter(None, term[:2]))
-        if key in found:
+    """--reward -> {key: Term}; the keys are those of the metrics. Raises ValueError, in one line.
+
+    A key is the short name, or name:argument where two terms share the short name, or where the
+    name of your function is that of another reward.
+    """
+    terms = [parse_term(spec, text) for text in spec.split(",")]
+    short_names = [term.short_name for term in terms]
+    terms_by_key = {}
+    for term, key in zip(terms, short_names):
+        is_shared = short_names.count(key) > 1
+        is_taken = term.name not in KNOWN and key in KNOWN
+        if is_shared or is_taken:
+            key = term.full_name
+        if key in terms_by_key:
             raise ValueError(f"--reward {spec}: {key!r} is named twice")
-        found[key] = term
-    if {*DISTRIBUTION} <= {*found}:
+        terms_by_key[key] = term
+    if all(name in terms_by_key for name in DISTRIBUTION):
         raise ValueError(f"--reward {spec}: fid and kid need a reference each; name one of them")
-    return found
+    return terms_by_key
 
 
 def parse(spec):
-    """'class:1,ink:0.2' -> {'class': 1.0, 'ink': 0.2}. Raises ValueError for an unknown or repeated name or a weight that is no number.
+    """--reward -> {key: weight}. Raises ValueError, in one line.
 
     >>> parse("class:1,fid:0.3,my_rewards:redness")
     {'class': 1.0, 'fid': 0.3, 'redness': 1.0}
@@ -98,97 +140,192 @@ def parse(spec):
     return {key: term.weight for key, term in parse_terms(spec).items()}
 
 
+# --------------------------------------------------------------------------------------------------
+# Checks, before anything is loaded.
+
+
 def needs_labels(spec):
     """Whether a term asks the model folder's classifier, and so a "label" beside every prompt."""
     return any(term.name in NAMES for term in parse_terms(spec).values())
 
 
+def check_term(term):
+    """Raises whatever is wrong with what a term needs: its CLIP, its head, your function."""
+    if term.name in CLIPS:
+        config, _, _ = read_clip(term.model)
+        features = config.projection_dim
+        if term.name == "aesthetic":
+            load_head(term.argument)
+            if features != HEAD_FEATURES:
+                raise ValueError(
+                    f"{term.model} has {features} features, and the head needs "
+                    f"{HEAD_FEATURES}; name a CLIP ViT-L/14"
+                )
+    if term.name not in KNOWN:
+        load_function(term.name, term.argument)
+
+
 def check_reward(spec, folder):
-    """-> {key: weight}. Raises ValueError, in one line, for a term that cannot be loaded; of networks, only their configs are read."""
+    """--reward and the model folder -> {key: weight}. Of networks, it reads the configs alone.
+
+    Raises ValueError, in one line, for a term that cannot be loaded.
+    """
     if needs_labels(spec):
         check_classifier(Path(folder) / "reward")
     for term in parse_terms(spec).values():
         try:
-            if term.name in CLIPS:
-                features = read_clip(term.model)[0].projection_dim
-                if term.name == "aesthetic" and load_head(term.argument)[0][0].in_features != features:
-                    raise ValueError(f"{term.model} has {features} features; the head is of CLIP ViT-L/14's 768")
-            if term.name not in KNOWN:
-                if not callable(getattr(importlib.import_module(term.name), term.argument)):
-                    raise TypeError(f"{term.argument} is not a function")
-        except Exception as error:                                       # a library's or a user's: each kind of failure raises another
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
-            raise ValueError(f"--reward {':'.join(filter(None, term[:2]))}: {line}") from None
+            check_term(term)
+        except Exception as error:  # transformers' or your module's: of any class
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"--reward {term.full_name}: {lines[0][:500]}") from None
     return parse(spec)
 
 
 def check_labels(prompts, where):
-    """Raises ValueError if a prompt does not say which class it asks for (class, margin and ink need the label)."""
-    for n, prompt in enumerate(prompts, 1):
+    """Raises ValueError unless every prompt has a label: class, margin and ink need it.
+
+    where: the file of the prompts, for the message.
+    """
+    for line, prompt in enumerate(prompts, 1):
         label = prompt.metadata.get("label")
         if type(label) is not int or not 0 <= label <= 9:
-            raise ValueError(f'{where}:{n}: the reward needs a "label" from 0 to 9 beside the prompt, and finds {label!r}')
+            raise ValueError(
+                f'{where}:{line}: the reward needs a "label" from 0 to 9 beside the prompt, '
+                f"and finds {label!r}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# Terms. Those of the classifier and of a CLIP are in classifier.py and clip.py.
+# All are called with images [B, 3, H, W] in [0, 1], B prompts and B metadata, and return [B].
+
+
+def jpeg_kilobytes(images):
+    """images [B, 3, H, W] in [0, 1] -> [B]: thousands of bytes as a JPEG of quality 95.
+
+    NaN for an image that is not finite.
+
+    >>> grey, noise = torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64)
+    >>> bool(jpeg_kilobytes(grey[None]) < 0.2 * jpeg_kilobytes(noise[None]))
+    True
+    """
+    is_finite = images.isfinite().flatten(1).all(1).tolist()
+    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
+    sizes = []
+    for n, picture in enumerate(pixels):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, format="JPEG", quality=95)
+        sizes.append(file.tell() / 1000 if is_finite[n] else float("nan"))
+    return torch.tensor(sizes, device=images.device)
+
+
+class JpegTerm:
+    """sign * kilobytes: -1 rewards small files, so in the end empty images; 1 rewards noise."""
+
+    def __init__(self, name):
+        self.sign = JPEG[name]
+
+    def __call__(self, images, prompts, metadata):
+        return self.sign * jpeg_kilobytes(images)
+
+
+class OwnTerm:
+    """Your own function, which may write on its arguments: it gets copies."""
+
+    def __init__(self, module, name):
+        self.function = load_function(module, name)
+
+    def __call__(self, images, prompts, metadata):
+        return self.function(images.clone(), list(prompts), [dict(entry) for entry in metadata])
+
+
+# --------------------------------------------------------------------------------------------------
+# All terms.
 
 
 class Reward:
-    """The named rewards: `weights` {key: weight} of all, `distribution` the distribution-wise one or None; a call gives the others.
+    """The terms of --reward; a call scores images by all that are sample-wise.
 
-    Raises ValueError where a term's network or file is missing. A reward sees `batch` pictures at a time; a CLIP that two terms name is loaded once.
+    weights: {key: weight} of all terms; distribution: the key of the distribution-wise term, or
+    None. A term sees at most `batch` images at a time; a network that two terms name is loaded
+    once. Raises ValueError where a network or a file is missing.
     """
 
     def __init__(self, spec, folder, device="cpu", batch=16):
-        self.weights, self.folder, self.device, self.batch = parse(spec), Path(folder), device, batch
-        self.distribution = next((name for name in self.weights if name in DISTRIBUTION), None)
-        clip = functools.cache(lambda name: Clip(name, device, batch))
-        self.terms = {key: self.open(term, clip) for key, term in parse_terms(spec).items() if key != self.distribution}
+        self.weights = parse(spec)
+        self.folder = Path(folder)  # of the model, which holds the classifier
+        self.device = device
+        self.batch = batch
+        self.distribution = None
+        self.logits = None
+        self.clips = {}  # {hub id or folder: Clip}
+        self.terms = {}
+        for key, term in parse_terms(spec).items():
+            if term.name in DISTRIBUTION:
+                self.distribution = key
+            else:
+                self.terms[key] = self.open(term)
 
-    def open(self, term, clip):
-        """-> a function: images [B, 3, H, W], prompts, metadata, classifier's (logits, labels) on demand -> [B]. `clip`: name -> Clip."""
-        name = term.name
-        if name in NAMES:
-            self.classifier                                              # loaded now, so that a folder without it fails now
-            return lambda images, prompts, metadata, judged: NAMES[name](*judged(), images)
-        if name in JPEG:
-            return lambda images, prompts, metadata, judged: JPEG[name] * jpeg_kilobytes(images)
-        if name in CLIPS:
-            judge = clip(term.model)
-            if name == "aesthetic":
-                head = load_head(term.argument, self.device)
-                return lambda images, prompts, metadata, judged: head(judge.pictures(images))[:, 0]
-            scale = 100 if name == "clip" else judge.network.logit_scale.exp() / 26
-            return lambda images, prompts, metadata, judged: scale * (judge.pictures(images) * judge.texts(prompts)).sum(1)
-        function = getattr(importlib.import_module(name), term.argument)
-        return lambda images, prompts, metadata, judged: function(images.clone(), [*prompts], [{**m} for m in metadata])    # it may write on them
+    def open(self, term):
+        """Term -> a function: images, prompts, metadata -> [B]."""
+        if term.name in NAMES:
+            if self.logits is None:
+                self.logits = SharedLogits(self.open_classifier())
+            return ClassifierTerm(term.name, self.logits)
+        if term.name in JPEG:
+            return JpegTerm(term.name)
+        if term.name in CLIPS:
+            if term.model not in self.clips:
+                self.clips[term.model] = Clip(term.model, self.device, self.batch)
+            clip = self.clips[term.model]
+            if term.name == "aesthetic":
+                return AestheticTerm(load_head(term.argument, self.device), clip)
+            return ClipTerm(term.name, clip)
+        return OwnTerm(term.name, term.argument)
 
-    @functools.cached_property
-    def classifier(self):
-        """The model folder's, loaded when first asked for. Raises ValueError if it has none."""
-        if not (self.folder / "reward").is_dir():
-            raise ValueError(f"{self.folder} has no reward/ classifier; class, margin, ink and --diversity_features reward need it")
-        return load_classifier(self.folder / "reward", self.device)
+    def open_classifier(self):
+        """The model folder's classifier. Raises ValueError if there is none."""
+        folder = self.folder / "reward"
+        if not folder.is_dir():
+            raise ValueError(
+                f"{self.folder} has no reward/ classifier; class, margin and ink need it"
+            )
+        return load_classifier(folder, self.device)
 
     @torch.no_grad()
     def __call__(self, images, prompts, metadata):
-        """-> {key: float32 [B]} of the sample-wise rewards.
+        """images [B, 3, H, W] in [0, 1], B prompts, B metadata -> {key: float32 [B]}, unweighted.
 
-        Raises FloatingPointError naming a reward of a wrong shape or not finite, RuntimeError naming one that raises, from what it raised.
+        Raises FloatingPointError naming a term whose shape is wrong or whose numbers are not
+        finite, and RuntimeError naming a term that fails, from its own error.
         """
         if not len(images) == len(prompts) == len(metadata):
-            raise ValueError(f"{len(images)} pictures, {len(prompts)} prompts and {len(metadata)} metadata; as many of each are needed")
-        parts = [slice(at, at + self.batch) for at in range(0, len(images), self.batch)] or [slice(0)]
-        found = [self.score(images[part], prompts[part], metadata[part]) for part in parts]
-        return {key: torch.cat([scores[key] for scores in found]) for key in self.terms}
+            raise ValueError(
+                f"{len(images)} pictures, {len(prompts)} prompts and {len(metadata)} metadata; "
+                "as many of each are needed"
+            )
+        parts = []
+        for start in range(0, max(len(images), 1), self.batch):  # no images: one empty part
+            part = slice(start, start + self.batch)
+            parts.append(self.score(images[part], prompts[part], metadata[part]))
+        return {key: torch.cat([part[key] for part in parts]) for key in self.terms}
 
     def score(self, images, prompts, metadata):
-        """The same of a few pictures, all at once."""
-        judged, found = functools.cache(lambda: (self.classifier(images), torch.tensor([m["label"] for m in metadata], device=images.device))), {}
+        """The same for at most `batch` images."""
+        scores = {}
         for key, term in self.terms.items():
             try:
-                found[key] = torch.as_tensor(term(images, prompts, metadata, judged), dtype=torch.float32, device=images.device)
-            except Exception as error:
-                raise RuntimeError(f"the reward {key} failed: {type(error).__name__}: {error}") from error
-            if found[key].shape != (len(images),):
-                raise FloatingPointError(f"the reward {key} returned the shape {tuple(found[key].shape)} for {len(images)} pictures")
-            if not found[key].isfinite().all():
+                score = term(images, prompts, metadata)
+                score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
+            except Exception as error:  # your function's: of any class
+                message = f"the reward {key} failed: {type(error).__name__}: {error}"
+                raise RuntimeError(message) from error
+            if score.shape != (len(images),):
+                raise FloatingPointError(
+                    f"the reward {key} returned the shape {tuple(score.shape)} "
+                    f"for {len(images)} pictures"
+                )
+            if not score.isfinite().all():
                 raise FloatingPointError(f"the reward {key} returned a non-finite number")
-        return found
+            scores[key] = score
+        return scores

@@ -1,92 +1,235 @@
-"""CLIP: pictures and words in one space."""
+"""Rewards by a CLIP, which embeds images and texts in one space.
+
+    clip        100 cos(image, prompt): CLIPScore (arXiv 2104.08718) in percent, not cut off at 0
+    pickscore   exp(logit_scale) cos(image, prompt) / 26: PickScore (arXiv 2305.01569), in the units
+                of Flow-GRPO
+    aesthetic   LAION's linear-MSE head on the image embedding of CLIP ViT-L/14: about 1 to 10
+Left out: transformers' image processor, which runs on the CPU alone; `clip_pixels` follows it.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from collections import OrderedDict
-from pathlib import Path
 from torch import nn
 
-CLIPS = {"clip": "openai/clip-vit-large-patch14", "pickscore": "yuvalkirstain/PickScore_v1", "aesthetic": "openai/clip-vit-large-patch14"}
-PROCESSORS = {"yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}       # as published: the words and pixels of another folder
+from support.files import to_bytes
+
+# The default network of each reward.
+CLIPS = {
+    "clip": "openai/clip-vit-large-patch14",
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "aesthetic": "openai/clip-vit-large-patch14",
+}
+
+# Where PickScore's authors take the tokenizer and the image processor from.
+PROCESSORS = {"yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
+
+# The linear layers of LAION's head: inputs and outputs. The missing numbers are dropouts.
+HEAD = {"0": (768, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
+HEAD_FEATURES = 768
 
 
-def to_bytes(images):
-    """The nearest bytes of pictures in [0, 1], as floats; a picture that is not finite becomes NaN all over, so that no score of it is finite."""
-    broken = ~images.isfinite().flatten(1).all(1)
-    return (images.float() * 255).round().clamp(0, 255).masked_fill(broken[:, None, None, None], float("nan"))
+# --------------------------------------------------------------------------------------------------
+# The network.
 
 
 def clip_pixels(images, size, mean, std):
-    """CLIP's published processor on any device, [B, 3, H, W] -> [B, 3, size, size]: bicubic to the shorter side, middle square, mean [3], std [3]."""
-    height, width = (size * side // min(images.shape[2:]) for side in images.shape[2:])
-    x = F.interpolate(to_bytes(images), (height, width), mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255) / 255
-    top, left = (height - size) // 2, (width - size) // 2
-    return (x[:, :, top:top + size, left:left + size] - mean[:, None, None]) / std[:, None, None]
+    """CLIP's published processor on any device: images [B, 3, H, W] -> [B, 3, size, size].
+
+    Bicubic to `size` on the shorter side, the middle square, then mean [3] and std [3].
+    rewards/features.py squashes the whole image to a square for the same network instead: a score
+    is defined by this processor, while a distance of distributions must not lose the margins.
+    """
+    # Rounding to bytes would make an infinity finite; no score of such an image may be finite.
+    is_finite = images.isfinite().flatten(1).all(1)
+    x = to_bytes(images).masked_fill(~is_finite[:, None, None, None], float("nan"))
+
+    shorter = min(images.shape[2:])
+    height, width = (size * side // shorter for side in images.shape[2:])
+    x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    x = x.round().clamp(0, 255) / 255
+
+    top = (height - size) // 2
+    left = (width - size) // 2
+    x = x[:, :, top : top + size, left : left + size]
+    return (x - mean[:, None, None]) / std[:, None, None]
 
 
 def read_clip(name):
-    """-> config, tokenizer and image processor of a CLIP, a hub id or a folder; no weight is read. Raises ValueError, or what transformers raises."""
-    import transformers
-    config, source = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False), PROCESSORS.get(name, name)
+    """A CLIP's hub id or folder -> its config, tokenizer and image processor; reads no weight.
+
+    Raises ValueError, or whatever transformers raises.
+    """
+    import transformers  # which takes seconds, and few rewards need it
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type != "clip":
-        raise ValueError(f"{name} is a {config.model_type}, not a clip")
+        raise ValueError(f"{name} is a {config.model_type}, not a clip; name a CLIP")
+
+    # A folder without a tokenizer gives one of two words, and no error.
+    source = PROCESSORS.get(name, name)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(source)
-    if len(tokenizer) != config.text_config.vocab_size:                  # a folder without tokenizer gives one of two words, and no error
-        raise ValueError(f"{source} has a tokenizer of {len(tokenizer)} words, and {name} embeds {config.text_config.vocab_size}")
-    processor = transformers.CLIPImageProcessorPil.from_pretrained(source)                    # the one that does not ask for torchvision
+    vocabulary = config.text_config.vocab_size
+    if len(tokenizer) != vocabulary:
+        raise ValueError(
+            f"{source} has a tokenizer of {len(tokenizer)} words, and {name} embeds {vocabulary}; "
+            "fetch it again, or name another"
+        )
+
+    # The class with PIL in its name does not ask for torchvision.
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(source)
     size = config.vision_config.image_size
-    if (processor.size.shortest_edge, processor.crop_size.height, processor.crop_size.width, processor.resample) != (size, size, size, Image.BICUBIC):
-        raise ValueError(f"{source} does not prepare pictures by a bicubic resize and a middle square of {size}, the only way known here")
+    sides = (processor.size.shortest_edge, processor.crop_size.height, processor.crop_size.width)
+    if sides != (size, size, size) or processor.resample != Image.BICUBIC:
+        raise ValueError(
+            f"{source} prepares pictures otherwise than by a bicubic resize and a middle square "
+            f"of {size}; name another CLIP"
+        )
     return config, tokenizer, processor
 
 
 class Clip:
-    """A frozen CLIP. Embeddings [B, D] have length one; networks see `batch` pictures or texts at a time, and each text once."""
+    """A frozen CLIP. Its embeddings [B, D] have length 1.
+
+    The network sees at most `batch` images or texts at a time, and each different text once.
+    """
 
     def __init__(self, name, device="cpu", batch=16):
         import transformers
+
         config, self.tokenizer, processor = read_clip(name)
         try:
-            network, found = transformers.CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        except Exception as error:                                       # a library's: each kind of damage raises another
+            network, report = transformers.CLIPModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as error:  # transformers raises another class for each kind of damage
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            raise ValueError(f"{name}: this CLIP cannot be loaded ({reason}); fetch it again, or name another") from None
-        if found["missing_keys"]:
-            raise ValueError(f"{name}: lacks the weights {', '.join(sorted(found['missing_keys']))}")
-        self.network, self.device, self.batch, self.known = network.to(device).eval().requires_grad_(False), device, batch, {}
-        self.size, self.words = config.vision_config.image_size, config.text_config.max_position_embeddings
-        self.mean, self.std = (torch.tensor(v, device=device) for v in (processor.image_mean, processor.image_std))
+            raise ValueError(
+                f"{name}: this CLIP cannot be loaded ({reason}); fetch it again, or name another"
+            ) from None
+        if report["missing_keys"]:
+            missing = ", ".join(sorted(report["missing_keys"]))
+            raise ValueError(
+                f"{name}: lacks the weights {missing}; fetch it again, or name another"
+            )
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.batch = batch
+        self.size = config.vision_config.image_size
+        self.context_length = config.text_config.max_position_embeddings
+        self.mean = torch.tensor(processor.image_mean, device=device)
+        self.std = torch.tensor(processor.image_std, device=device)
+        self.text_embeddings = {}  # {text: [D]} of all texts so far
 
-    def pictures(self, images):
+    def embed_images(self, images):
         """images [B, 3, H, W] in [0, 1] -> [B, D]."""
-        pixels = (clip_pixels(x, self.size, self.mean, self.std) for x in images.to(self.device).split(self.batch))
-        return torch.cat([F.normalize(self.network.get_image_features(pixel_values=x).pooler_output, dim=1) for x in pixels])
+        embeddings = []
+        for part in images.to(self.device).split(self.batch):
+            pixels = clip_pixels(part, self.size, self.mean, self.std)
+            output = self.network.get_image_features(pixel_values=pixels).pooler_output
+            embeddings.append(F.normalize(output, dim=1))
+        return torch.cat(embeddings)
 
-    def texts(self, prompts):
-        """B texts -> [B, D]. Cut off after the words that the network has places for; padded to as many, so that no text depends on its company."""
-        new = [text for text in dict.fromkeys(prompts) if text not in self.known]
-        for at in range(0, len(new), self.batch):
-            some = new[at:at + self.batch]
-            tokens = self.tokenizer(some, padding="max_length", truncation=True, max_length=self.words, return_tensors="pt").to(self.device)
-            self.known.update(zip(some, F.normalize(self.network.get_text_features(**tokens).pooler_output, dim=1)))
-        return torch.stack([self.known[text] for text in prompts])
+    def embed_texts(self, texts):
+        """B texts -> [B, D].
+
+        A text is cut off at the network's context length. All are padded to it, so that no
+        embedding depends on the other texts of the batch.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self.text_embeddings]
+        for start in range(0, len(new), self.batch):
+            part = new[start : start + self.batch]
+            tokens = self.tokenizer(
+                part,
+                padding="max_length",
+                truncation=True,
+                max_length=self.context_length,
+                return_tensors="pt",
+            ).to(self.device)
+            output = self.network.get_text_features(**tokens).pooler_output
+            self.text_embeddings.update(zip(part, F.normalize(output, dim=1)))
+        return torch.stack([self.text_embeddings[text] for text in texts])
 
 
-def load_head(path, device="cpu"):
-    """LAION's linear-MSE head from a file, .safetensors or torch's, frozen: [B, 768] -> [B, 1]. Raises ValueError; nothing in the file is run."""
+# --------------------------------------------------------------------------------------------------
+# LAION's aesthetic head.
+
+
+def empty_head():
+    """The head as LAION published it: linear layers, without an activation, named layers.0 to 7."""
+    layers = OrderedDict()
+    for number, (inputs, outputs) in HEAD.items():
+        layers[number] = nn.Linear(inputs, outputs)
+    return nn.Sequential(OrderedDict(layers=nn.Sequential(layers)))
+
+
+def read_head(path):
+    """The tensors of the head's file -> {name: tensor}. Raises ValueError; runs nothing in it."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give LAION's linear-MSE head")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)  # of a .safetensors too
-    except Exception:                                                    # of pickle, zip, torch or safetensors, whose advice is to run the file
-        raise ValueError(f"{path}: is damaged or holds more than tensors, and nothing in it was run; give LAION's linear-MSE head") from None
-    sizes = {"0": (768, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}       # the numbers between are dropouts
-    head = nn.Sequential(OrderedDict(layers=nn.Sequential(OrderedDict((n, nn.Linear(*size)) for n, size in sizes.items()))))
-    shapes = {name: list(getattr(value, "shape", "?")) for name, value in found.items()} if isinstance(found, dict) else {}
+        state = torch.load(path, map_location="cpu", weights_only=True)  # reads .safetensors too
+    except Exception:  # of pickle, zip, torch or safetensors, whose advice is to run the file
+        raise ValueError(
+            f"{path}: is damaged or holds more than tensors, and nothing in it was run; "
+            "give LAION's linear-MSE head"
+        ) from None
+    return state if isinstance(state, dict) else {}
+
+
+def load_head(path, device="cpu"):
+    """LAION's linear-MSE head from a .safetensors or torch file, frozen: [B, 768] -> [B, 1].
+
+    Raises ValueError, in one line; nothing in the file is run.
+    """
+    head = empty_head()
+    state = read_head(path)
     expected = {name: list(value.shape) for name, value in head.state_dict().items()}
-    for name in (name for name in (*expected, *shapes) if shapes.get(name) != expected.get(name)):
-        raise ValueError(f"{path}: {name} is {shapes.get(name)}, and {expected.get(name)} in LAION's linear-MSE head")
-    if not all(value.isfinite().all() for value in found.values()):
-        raise ValueError(f"{path}: holds numbers that are not finite")
-    head.load_state_dict(found)
+    found = {name: list(getattr(value, "shape", "?")) for name, value in state.items()}
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{path}: {name} is {found.get(name)}, "
+                f"and {expected.get(name)} in LAION's linear-MSE head"
+            )
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite; give LAION's linear-MSE head")
+    head.load_state_dict(state)
     return head.requires_grad_(False).to(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# The rewards.
+
+
+class ClipTerm:
+    """scale * cos(image, prompt). CLIPScore and PickScore differ in the network and the scale."""
+
+    def __init__(self, name, clip):
+        self.clip = clip
+        self.scale = 100
+        if name == "pickscore":
+            self.scale = clip.network.logit_scale.exp() / 26
+
+    def __call__(self, images, prompts, metadata):
+        """-> [B]."""
+        image_embeddings = self.clip.embed_images(images)
+        text_embeddings = self.clip.embed_texts(prompts)
+        cosine = (image_embeddings * text_embeddings).sum(1)
+        return self.scale * cosine
+
+
+class AestheticTerm:
+    """LAION's aesthetic score. It does not see the prompt."""
+
+    def __init__(self, head, clip):
+        self.head = head
+        self.clip = clip
+
+    def __call__(self, images, prompts, metadata):
+        """-> [B]."""
+        return self.head(self.clip.embed_images(images))[:, 0]

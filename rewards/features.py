@@ -1,112 +1,235 @@
-"""Feature networks of --features and --diversity_features."""
+"""Feature networks: functions from images [B, 3, H, W] in [0, 1] to float32 features [B, D].
+
+    reward, evaluator   the model folder's own classifiers: D = 64, images of 28 x 28
+    inception:FILE      TorchScript Inception-v3, D = 2048: FID (arXiv 1706.08500)
+    dinov2[:MODEL]      the class token, D = 1024: FD-DINOv2 (arXiv 2306.04675)
+    clip[:MODEL]        the image embedding, D = 768
+    module:function     your own
+MODEL is a hub id or a folder. Left out: the networks themselves, which are libraries' or files'.
+"""
+
 import importlib
-import torch
-import torch.nn.functional as F
 import zipfile
 from pathlib import Path
-from rewards.classifier import check_classifier, load_classifier
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
+
+from rewards.classifier import check_classifier, load_classifier
+from support.files import to_bytes, to_uint8
+
+# The model folder's own classifiers.
 TINY = ("reward", "evaluator")
-HUB = {"dinov2": ("facebook/dinov2-large", "hidden_size"), "clip": ("openai/clip-vit-large-patch14", "projection_dim")}
+
+
+class HubNetwork(NamedTuple):
+    """A vision network of the Hugging Face hub."""
+
+    model: str  # the default hub id
+    width: str  # the entry of its config that is D
+    mean: tuple  # of the channels of the images that it was trained on, in [0, 1]
+    std: tuple
+
+
+HUB = {
+    "dinov2": HubNetwork(
+        model="facebook/dinov2-large",
+        width="hidden_size",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    ),
+    "clip": HubNetwork(
+        model="openai/clip-vit-large-patch14",
+        width="projection_dim",
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# --features and --diversity_features.
+
+
+def load_function(module, name):
+    """Your own function `name` of an importable module. Raises what the import raises."""
+    function = getattr(importlib.import_module(module), name)
+    if not callable(function):
+        raise TypeError(f"{name} is not a function")
+    return function
 
 
 def check_features(spec, folder, flag="features"):
-    """-> D, or None where only a forward can tell. Raises ValueError, in one line, for what cannot be loaded; no weight is read."""
-    kind, _, rest = spec.partition(":")
+    """The number of features D, or None where only a forward pass can tell. Reads no weight.
+
+    spec: as in the table above; folder: the model folder. Raises ValueError, in one line.
+    """
+    kind, _, argument = spec.partition(":")
     if spec in TINY:
         check_classifier(Path(folder) / spec)
         return 64
     if kind == "inception":
-        try:
-            with zipfile.ZipFile(rest) as file:
-                scripted = any(name.endswith("/constants.pkl") for name in file.namelist())   # torch.save writes a zip too, without it
-        except (OSError, ValueError, zipfile.BadZipFile):
-            scripted = False
-        if not scripted:
-            raise ValueError(f"--{flag} {spec}: {rest or 'no file'} is not a TorchScript file; write inception:FILE")
+        if not is_torchscript(argument):
+            file = argument or "no file"
+            raise ValueError(
+                f"--{flag} {spec}: {file} is not a TorchScript file; write inception:FILE"
+            )
         return 2048
     if kind in HUB:
         try:
-            import transformers
-            config = transformers.AutoConfig.from_pretrained(rest or HUB[kind][0], trust_remote_code=False)
-            if not config.model_type.startswith(kind):
-                raise ValueError(f"is a {config.model_type}, not a {kind}")
-            return getattr(getattr(config, "vision_config", config), HUB[kind][1])
-        except Exception as error:                                       # a library's: each kind of broken config raises another
-            raise ValueError(f"--{flag} {spec}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
-    if rest:
+            return hub_width(kind, argument)
+        except Exception as error:  # transformers raises another class for each kind of damage
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise ValueError(f"--{flag} {spec}: {lines[0]}") from None
+    if argument:
         try:
-            if not callable(getattr(importlib.import_module(kind), rest)):
-                raise TypeError(f"{rest} is not a function")
-            return None
+            load_function(kind, argument)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"--{flag} {spec}: {' '.join(str(error).split())}") from None
-    raise ValueError(f"--{flag} {spec}: none of reward, evaluator, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function")
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--{flag} {spec}: {reason}") from None
+        return None
+    raise ValueError(
+        f"--{flag} {spec}: none of reward, evaluator, inception:FILE, dinov2[:MODEL], "
+        "clip[:MODEL], module:function"
+    )
+
+
+def is_torchscript(path):
+    """Whether a file can be TorchScript, by its table of contents; torch.save writes a zip too."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("/constants.pkl") for name in file.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def hub_width(kind, model):
+    """The number of features of a hub id or folder ("": the default), from its config alone."""
+    import transformers  # which takes seconds, and few runs need it
+
+    name = model or HUB[kind].model
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if not config.model_type.startswith(kind):
+        raise ValueError(f"is a {config.model_type}, not a {kind}")
+    # The config of a whole CLIP holds that of its vision network.
+    config = getattr(config, "vision_config", config)
+    return getattr(config, HUB[kind].width)
 
 
 def load_features(spec, folder, device="cpu"):
-    """-> a function: pictures [B, 3, H, W] in [0, 1] -> float32 [B, D]; it raises FloatingPointError if a feature is not finite.
+    """-> a function: images [B, 3, H, W] in [0, 1] -> float32 [B, D].
 
-    Raises ValueError, in one line, if the network cannot be loaded."""
-    kind, _, rest = spec.partition(":")
+    It raises FloatingPointError if a feature is not finite or the shape is another.
+    Raises ValueError, in one line, if the network cannot be loaded.
+    """
+    kind, _, argument = spec.partition(":")
     try:
         if spec in TINY:
             network = load_classifier(Path(folder) / spec, device).features
         elif kind == "inception":
-            network = inception(torch.jit.load(rest, map_location=device).eval())
+            network = inception(torch.jit.load(argument, map_location=device).eval())
         elif kind in HUB:
-            network = vision(kind, rest or HUB[kind][0], device)
+            network = vision(kind, argument or HUB[kind].model, device)
         else:
-            network = getattr(importlib.import_module(kind), rest)
-    except Exception as error:                                           # a library's: each kind of damage raises another
+            network = load_function(kind, argument)
+    except Exception as error:  # a library raises another class for each kind of damage
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{spec}: these features cannot be loaded ({reason}); fetch the network again, or name another") from None
+        raise ValueError(
+            f"{spec}: these features cannot be loaded ({reason}); "
+            "fetch the network again, or name another"
+        ) from None
 
     @torch.inference_mode()
     def features(images):
-        found = network(images).float()
-        if found.dim() != 2 or len(found) != len(images):
-            raise FloatingPointError(f"--features {spec} returned the shape {tuple(found.shape)} for {len(images)} pictures")
-        if not found.isfinite().all():
+        result = network(images).float()
+        if result.dim() != 2 or len(result) != len(images):
+            raise FloatingPointError(
+                f"--features {spec} returned the shape {tuple(result.shape)} "
+                f"for {len(images)} pictures"
+            )
+        if not result.isfinite().all():
             raise FloatingPointError(f"--features {spec} returned a non-finite number")
-        return found
+        return result
+
     return features
 
 
+# --------------------------------------------------------------------------------------------------
+# Inception-v3, by either of the two published calling conventions.
+
+
 def inception(network):
-    """Either published calling convention. The network's pictures are bytes, so ours are rounded to bytes."""
-    if any(argument.name == "return_features" for argument in network.forward.schema.arguments):
-        return lambda images: network((images * 255).round().clamp(0, 255).to(torch.uint8), return_features=True)
-    return lambda images: network((corner_bilinear((images * 255).round().clamp(0, 255), 299) - 128) / 128)
+    """A TorchScript Inception-v3 -> a function of images in [0, 1].
+
+    One convention takes uint8 with return_features=True and resizes by itself; the other takes
+    floats (x - 128) / 128 of 299 x 299. Both were made for bytes, so images are rounded to bytes.
+    """
+
+    def features_of_bytes(images):
+        return network(to_uint8(images), return_features=True)
+
+    def features_of_floats(images):
+        pixels = corner_bilinear(to_bytes(images), 299)
+        return network((pixels - 128) / 128)
+
+    arguments = [argument.name for argument in network.forward.schema.arguments]
+    return features_of_bytes if "return_features" in arguments else features_of_floats
 
 
 def corner_bilinear(images, size):
-    """The bilinear resize of the TensorFlow graph that FID began with: pixel i is looked up at i * H / size, without half-pixel centres."""
+    """images [B, C, H, W] -> [B, C, size, size], as in the TensorFlow graph that FID began with.
+
+    Bilinear without half-pixel centres: output pixel i is read at i * H / size.
+    """
     for dim in (2, 3):
-        n = images.shape[dim]
-        at = torch.arange(size, device=images.device) * (n / size)
-        low = at.floor().long().clamp(max=n - 1)
-        part = (at - low).reshape([-1 if d == dim else 1 for d in range(4)])
-        images = images.index_select(dim, low) * (1 - part) + images.index_select(dim, (low + 1).clamp(max=n - 1)) * part
+        length = images.shape[dim]
+        position = torch.arange(size, device=images.device) * (length / size)
+        low = position.floor().long().clamp(max=length - 1)
+        high = (low + 1).clamp(max=length - 1)
+        weight = position - low
+        if dim == 2:
+            weight = weight[:, None]
+        below = images.index_select(dim, low)
+        above = images.index_select(dim, high)
+        images = below * (1 - weight) + above * weight
     return images
 
 
+# --------------------------------------------------------------------------------------------------
+# DINOv2 and CLIP.
+
+
 def vision(kind, name, device):
-    """DINOv2's class token or CLIP's embedding: antialiased bicubic resize of bytes, the network's own mean and std."""
+    """A network of HUB -> a function: images -> DINOv2's class tokens or CLIP's embeddings.
+
+    Images are rounded to bytes and squashed to a square, bicubic with antialiasing. For CLIP that
+    differs from its own processor on purpose: see `clip_pixels` in rewards/clip.py.
+    """
     import transformers
-    owner = transformers.AutoModel if kind == "dinov2" else transformers.CLIPVisionModelWithProjection
-    network, found = owner.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
-    if found["missing_keys"]:
-        raise ValueError(f"{name}: lacks the weights {', '.join(sorted(found['missing_keys']))}")
-    network = network.to(device).eval()
+
+    owner = transformers.CLIPVisionModelWithProjection
     if kind == "dinov2":
-        size, mean, std = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    else:
-        size, mean, std = network.config.image_size, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
+        owner = transformers.AutoModel
+    network, report = owner.from_pretrained(
+        name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise ValueError(f"{name}: lacks the weights {missing}")
+    network = network.to(device).eval()
+    size = 224 if kind == "dinov2" else network.config.image_size
+    mean = torch.tensor(HUB[kind].mean, device=device)[:, None, None]
+    std = torch.tensor(HUB[kind].std, device=device)[:, None, None]
 
     def embed(images):
-        x = F.interpolate((images * 255).round(), (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255) / 255
-        out = network(pixel_values=(x - mean) / std)
-        return out.last_hidden_state[:, 0] if kind == "dinov2" else out.image_embeds
+        pixels = F.interpolate(
+            to_bytes(images), (size, size), mode="bicubic", antialias=True, align_corners=False
+        )
+        pixels = pixels.clamp(0, 255) / 255
+        output = network(pixel_values=(pixels - mean) / std)
+        if kind == "dinov2":
+            return output.last_hidden_state[:, 0]
+        return output.image_embeds
+
     return embed

@@ -1,46 +1,68 @@
-"""Metrics: how different pictures are, and how far they are from real ones, as functions of features; each with an interval.
+"""Metrics: how different pictures are, and how far from real ones, from features; with intervals.
 
-    vendi         exp(-sum l ln l), l the eigenvalues of K/n (arXiv 2210.02410), K_ij = exp(-|f_i - f_j|^2 / 2 h^2)       1 for copies, n at most
-    distance      mean (or smallest) distance of two of the pictures
-    fid, kid      squared Frechet distance (arXiv 1706.08500); unbiased squared MMD, cubic kernel (arXiv 1801.01401)
-    precision     share of generated pictures nearer to some real one than its k-th nearest real neighbour; recall: with the roles
-                  exchanged (arXiv 1904.06991).  density: by how many real ones, over k; coverage: share of real ones reached (arXiv 2002.09797)
+    vendi       exp(-sum v ln v), v the eigenvalues of K/n, K_ij = exp(-|f_i - f_j|^2 / 2 h^2)
+                (arXiv 2210.02410): 1 for n copies, at most n
+    distance    mean, or smallest, distance of two of the pictures
+    fid, kid    squared Frechet distance (arXiv 1706.08500); unbiased squared MMD with the cubic
+                kernel (arXiv 1801.01401)
+    precision   share of generated pictures nearer to some real one than its k-th nearest real
+                neighbour; recall: with the roles exchanged (arXiv 1904.06991)
+    density     how many real neighbourhoods hold a generated picture, over k; coverage: share of
+                real neighbourhoods that hold one (arXiv 2002.09797)
 
-The interval is a bootstrap. A resample is a row of counts [n], how often each picture was drawn; row 0 is all ones, the sample itself. A
-`resampled_...` function takes features [n, D] and counts [R, n] and gives [R] values, the first of which is the metric. What is drawn are the
-generated pictures; recall and coverage are means over the real ones, and for them those are drawn.
-Left out: intervals for the choice of the real pictures otherwise, and the bias of FID at finite n, which no resampling removes.
+The interval is a bootstrap. A resample is a row of counts [n], how often each picture was drawn;
+row 0 is all ones, the sample itself. A `resampled_...` function takes features [n, D] and counts
+[R, n] and gives [R] values, the first of which is the metric. The generated pictures are drawn;
+recall and coverage are means over the real ones, so for them the real ones are drawn.
+Left out: intervals for the choice of the real pictures otherwise, and the bias of the FID at finite
+n, which no resampling removes.
 """
+
 import math
+
 import numpy as np
 import torch
-from dist_reward import kernel_sums, polynomial_kernel, sqrt_psd
 
-NEIGHBOURS = 5                                                           # k of precision, recall, density and coverage
+from dist_reward import frechet, kernel_sums, own_kernel, polynomial_kernel, sqrt_psd
+
+NEIGHBOURS = 5  # k of precision, recall, density and coverage
+
+
+# --------------------------------------------------------------------------------------------------
+# How different pictures are.
 
 
 def pairwise_distances(features, others=None):
-    """features [..., n, D], others [..., m, D] (default: the same) -> Euclidean distances [..., n, m], float64; 0 exactly for equal rows."""
-    others = features if others is None else others
-    return torch.cdist(features.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    """Euclidean distances: features [..., n, D], others [..., m, D] -> [..., n, m], float64.
+
+    Without `others` those among the features. Exactly 0 for equal rows.
+    """
+    if others is None:
+        others = features
+    return torch.cdist(
+        features.double(), others.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
 
 
 def vendi_kernel(features, scale):
     """features [n, D] -> the RBF kernel [n, n] of width `scale`."""
-    return torch.exp(-pairwise_distances(features) ** 2 / (2 * scale**2))
+    return torch.exp(-(pairwise_distances(features) ** 2) / (2 * scale**2))
 
 
 def effective_number(kernel):
     """kernel [n, n] of trace 1 -> exp of the entropy of its eigenvalues."""
-    l = torch.linalg.eigvalsh(kernel).clamp(min=0)
-    return float(torch.exp(-torch.special.xlogy(l, l).sum()))
+    eigenvalues = torch.linalg.eigvalsh(kernel).clamp(min=0)
+    entropy = -torch.special.xlogy(eigenvalues, eigenvalues).sum()
+    return float(torch.exp(entropy))
 
 
 def vendi_score(features, scale):
-    """features [n, D] -> the effective number of different pictures, 1 to n, with the RBF kernel of width `scale`.
+    """features [n, D] -> the effective number of different pictures, 1 to n, by the RBF kernel.
 
-    >>> round(vendi_score(torch.zeros(5, 3), 1.0), 6), round(vendi_score(100 * torch.eye(5), 1.0), 6)          # five copies; five strangers
-    (1.0, 5.0)
+    >>> round(vendi_score(torch.zeros(5, 3), 1.0), 6)  # five copies
+    1.0
+    >>> round(vendi_score(100 * torch.eye(5), 1.0), 6)  # five that have nothing in common
+    5.0
     """
     return effective_number(vendi_kernel(features, scale) / len(features))
 
@@ -57,87 +79,132 @@ def smallest_distance(features):
     return float(distances.fill_diagonal_(math.inf).min())
 
 
+# --------------------------------------------------------------------------------------------------
+# Generated against real pictures.
+
+
 def neighbour_radii(features, k=NEIGHBOURS, shard=1000):
-    """features [n, D] -> each one's distance to its k-th nearest other [n]. Raises ValueError if there are not k others."""
+    """features [n, D] -> the distance of each to its k-th nearest other [n].
+
+    Raises ValueError if there are fewer than k others.
+    """
     if len(features) <= k:
         raise ValueError(f"{len(features)} pictures have no {k}-th nearest neighbour")
-    return torch.cat([pairwise_distances(part, features).topk(k + 1, largest=False).values[:, k] for part in features.split(shard)])
+    radii = []
+    for part in features.split(shard):
+        distances = pairwise_distances(part, features)
+        nearest = distances.topk(k + 1, largest=False).values  # the first is the picture itself
+        radii.append(nearest[:, k])
+    return torch.cat(radii)
 
 
 def neighbourhoods(generated, real, k=NEIGHBOURS, shard=1000):
-    """generated [n, D], real [m, D] -> {name: float64}: precision and density, one number a generated picture [n]; recall and coverage, one a
-    real picture [m]. Their means are the metrics. Compare at equal n and m: radii shrink as pictures become more."""
-    of_real, of_generated, rows = neighbour_radii(real, k, shard), neighbour_radii(generated, k, shard), []
+    """generated [n, D], real [m, D] -> {name: float64}, the means of which are the metrics.
+
+    precision and density have one number for each generated picture [n], recall and coverage one
+    for each real picture [m]. Compare at equal n and m: more pictures have smaller radii.
+    """
+    real_radii = neighbour_radii(real, k, shard)
+    generated_radii = neighbour_radii(generated, k, shard)
+    real_around = []
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     covered = recalled.clone()
-    for part, radii in zip(generated.split(shard), of_generated.split(shard)):
-        distances = pairwise_distances(part, real)                       # [shard, m]
-        rows.append((distances <= of_real).sum(1).double())              # in how many real neighbourhoods a picture lies
-        covered |= (distances <= of_real).any(0)
-        recalled |= (distances <= radii[:, None]).any(0)
-    inside = torch.cat(rows)
-    return {"precision": (inside > 0).double(), "recall": recalled.double(), "density": inside / k, "coverage": covered.double()}
+    for part, radii in zip(generated.split(shard), generated_radii.split(shard)):
+        distances = pairwise_distances(part, real)  # [shard, m]
+        in_real = distances <= real_radii
+        in_generated = distances <= radii[:, None]
+        real_around.append(in_real.sum(1).double())
+        covered |= in_real.any(0)
+        recalled |= in_generated.any(0)
+
+    count = torch.cat(real_around)  # [n], the real neighbourhoods that a generated picture lies in
+    return {
+        "precision": (count > 0).double(),
+        "recall": recalled.double(),
+        "density": count / k,
+        "coverage": covered.double(),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# The bootstrap.
 
 
 def resample_counts(n, resamples, key):
-    """-> counts [1 + resamples, n], float64: ones, then draws of n with replacement; a function of the numbers in `key`."""
-    drawn = np.random.default_rng(list(key)).multinomial(n, np.full(n, 1 / n), size=resamples)
+    """-> counts [1 + resamples, n], float64: ones, then draws of n with replacement.
+
+    They are a function of the numbers in `key`.
+    """
+    random = np.random.default_rng(list(key))
+    drawn = random.multinomial(n, np.full(n, 1 / n), size=resamples)
     return torch.from_numpy(np.concatenate([np.ones((1, n)), drawn]))
 
 
 def resampled_mean(values, counts):
-    """values [n] -> [R]. The mean over prompts, or over indicators."""
+    """values [n] -> [R]: the mean over prompts, or over indicators."""
     return counts @ values.double() / len(values)
 
 
 def resampled_vendi(features, counts, scale):
-    """As vendi_score -> [R]; a picture drawn c times is c equal rows, and these weigh the kernel like one row times sqrt(c)."""
-    kernel, found = vendi_kernel(features, scale), []
+    """As vendi_score -> [R].
+
+    A picture drawn c times is c equal rows; they weigh the kernel like one row times sqrt(c).
+    """
+    kernel = vendi_kernel(features, scale)
+    scores = []
     for row in counts:
-        kept = row.nonzero()[:, 0]
-        root = (row[kept] / row.sum()).sqrt()
-        found.append(effective_number(kernel[kept][:, kept] * root[:, None] * root))
-    return counts.new_tensor(found)
+        drawn = row.nonzero()[:, 0]
+        root = (row[drawn] / row.sum()).sqrt()
+        weighted = kernel[drawn][:, drawn] * root[:, None] * root
+        scores.append(effective_number(weighted))
+    return counts.new_tensor(scores)
 
 
 def resampled_distance(features, counts):
     """As mean_distance -> [R]."""
     n = len(features)
-    return ((counts @ pairwise_distances(features)) * counts).sum(1) / (n * (n - 1))
+    sums = ((counts @ pairwise_distances(features)) * counts).sum(1)
+    return sums / (n * (n - 1))
 
 
 def resampled_fid(features, counts, mu_real, sigma_real):
-    """As dist_reward.frechet_distance to N(mu_real [D], sigma_real [D, D]) -> [R]; the real root is taken once."""
-    n, x, found = len(features), features.double() - mu_real, []
+    """As dist_reward.frechet_distance to N(mu_real [D], sigma_real [D, D]) -> [R]."""
+    n = len(features)
+    x = features.double() - mu_real  # about mu_real, so that little cancels
     root = sqrt_psd(sigma_real)
+    distances = []
     for row in counts:
         shift = row @ x / n
-        sigma = (x * row[:, None]).T @ x - n * torch.outer(shift, shift)                     # about mu_real, so that little cancels
+        sigma = (x * row[:, None]).T @ x - n * torch.outer(shift, shift)
         sigma /= n - 1
-        cross = torch.linalg.eigvalsh(root @ sigma @ root).clamp(min=0).sqrt().sum()
-        found.append(max(0.0, float(shift.square().sum() + sigma.trace() + sigma_real.trace() - 2 * cross)))
-    return counts.new_tensor(found)
+        distances.append(frechet(shift, sigma, root, sigma_real.trace()))
+    return counts.new_tensor(distances)
 
 
 def resampled_kid(features, counts, real, shard=1000):
-    """KID to real [m, D] -> [R], unbiased for row 0, where it is dist_reward.KernelReplace(features, real).value()."""
+    """KID to real [m, D] -> [R]; unbiased for row 0, as dist_reward.KernelReplace.value() is."""
     n, m = len(features), len(real)
-    own = lambda x: (x.double().square().sum(1) / x.shape[1] + 1) ** 3                       # k(x, x), which an unbiased mean leaves out
-    real_term = (sum(kernel_sums(part, real).sum() for part in real.split(shard)) - own(real).sum()) / (m * (m - 1))
-    across = torch.cat([kernel_sums(part, real) for part in features.split(shard)]) / m      # [n]
+    real_sum = sum(kernel_sums(part, real).sum() for part in real.split(shard))
+    real_term = (real_sum - own_kernel(real).sum()) / (m * (m - 1))
+    to_real = torch.cat([kernel_sums(part, real) for part in features.split(shard)]) / m  # [n]
+
     among = torch.zeros_like(counts[:, 0])
     for part, row in zip(features.split(shard), counts.split(shard, dim=1)):
         among += ((row @ polynomial_kernel(part, features)) * counts).sum(1)
-    return (among - counts @ own(features)) / (n * (n - 1)) + real_term - 2 * (counts @ across) / n
+    generated_term = (among - counts @ own_kernel(features)) / (n * (n - 1))
+    return generated_term + real_term - 2 * (counts @ to_real) / n
 
 
 def interval(values):
-    """values [1 + R], the estimate and its resamples -> (low, high), 95 %: the estimate plus the quantiles of what resampling does to it.
+    """values [1 + R], the estimate and its resamples -> (low, high) of 95 %; NaN without resamples.
 
-    Centred, because a resample holds pictures twice: that raises a distance between distributions, as fewer pictures do, and lowers a
-    diversity, and the plain percentiles would often not even hold the estimate. For means nothing changes. NaN if there are no resamples.
+    It is the estimate plus the quantiles of the centred resamples. They are centred because a
+    resample holds some pictures twice: that raises a distance between distributions, as fewer
+    pictures do, and lowers a diversity, and plain percentiles would often miss the estimate
+    itself. For means nothing changes.
     """
-    estimate, drawn = float(values[0]), np.asarray(values[1:], dtype=float)
+    estimate = float(values[0])
+    drawn = np.asarray(values[1:], dtype=float)
     if not len(drawn):
         return math.nan, math.nan
     low, high = np.quantile(drawn - drawn.mean(), [0.025, 0.975])
@@ -145,5 +212,7 @@ def interval(values):
 
 
 def evenly(total, count):
-    """`count` numbers of 0 .. total - 1 at even steps, or all."""
-    return list(range(total)) if count >= total else [i * total // count for i in range(count)]
+    """`count` of the numbers 0 .. total - 1 at even steps, or all of them."""
+    if count >= total:
+        return list(range(total))
+    return [i * total // count for i in range(count)]

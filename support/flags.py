@@ -1,51 +1,94 @@
-"""A dataclass as a command line."""
+"""A dataclass as a command line: the fields of `Args` in train.py, merge.py and eval.py.
+
+    inputs: list                a field without default is a positional argument
+    "files to read"             the string under a field is its help
+
+    # update                    a comment line heads the fields below it in --help
+    lr: float = 3e-4
+    "AdamW's learning rate"
+
+A mistake in a flag, or in a file that a flag names, ends the program with one line and code 2.
+"""
+
 import argparse
 import ast
-import textwrap
 import dataclasses
 import inspect
-import re
 import sys
+import textwrap
 from contextlib import contextmanager
-from typing import Literal
-from typing import get_args
-from typing import get_origin
+from typing import Literal, get_args, get_origin
+
 from support.processes import rank
 
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each flag that has one and does not say it itself, and the file's header as it stands."""
+    """Keeps the lines of the description, and adds the default to a help that does not name it."""
 
     def _get_help_string(self, action):
-        return action.help if action.default == "" or "(default" in action.help else super()._get_help_string(action)
+        if action.default == "" or "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse_args(cls, description, argv=None):
-    """A dataclass as a command line: each field's name, type and default, and its trailing comment as help. Bad flags exit with 2."""
-    source, section, sections = inspect.getsource(cls), None, {}
-    comments = dict(re.findall(r"^ +(\w+) *:.*?# *(.+)$", source, re.M))
-    body = ast.parse(textwrap.dedent(source)).body[0].body
-    for field, text in zip(body, body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            comments[field.target.id] = " ".join(text.value.value.split())
-    for line in source.splitlines():
-        if title := re.match(r" +# (.+)$", line):
-            section = title[1]
-        elif field := re.match(r" +(\w+) *:", line):
-            sections[field[1]] = section
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=Help)
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(sections.values())}
-    for f in dataclasses.fields(cls):
-        kind = {"choices": get_args(f.type)} if get_origin(f.type) is Literal else {"type": f.type, "metavar": f.type.__name__}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-        if f.default is dataclasses.MISSING:                             # a field without default is positional; a list takes one or more
-            parser.add_argument(f.name, help=comments[f.name], **({"nargs": "+", "metavar": f.name.rstrip("s").upper()} if f.type is list else kind))
-            continue
-        groups[sections[f.name]].add_argument("--" + f.name, default=f.default, help=comments[f.name], **kind)
+    """The command line `argv` as an instance of the dataclass `cls`. A bad flag exits with 2."""
+    helps, sections = read_fields(cls)
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=Help
+    )
+    groups = {}
+    for title in sections.values():
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+
+    for field in dataclasses.fields(cls):
+        name = field.name
+        text = helps[name]
+        if field.default is dataclasses.MISSING:
+            parser.add_argument(name, help=text, **keywords(field))
+        else:
+            group = groups[sections[name]]
+            group.add_argument(f"--{name}", default=field.default, help=text, **keywords(field))
     return cls(**vars(parser.parse_args(argv)))
 
 
+def read_fields(cls):
+    """{field: help} and {field: section}: the string under a field, the comment above its group."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    lines = source.splitlines()
+    helps = {}
+    sections = {}
+    section = None
+    field = None  # a string above the first field describes the class
+    previous_end = 0
+    for statement in ast.parse(source).body[0].body:
+        for line in lines[previous_end : statement.lineno - 1]:
+            if line.strip().startswith("# "):
+                section = line.strip()[2:]
+        previous_end = statement.end_lineno
+
+        if isinstance(statement, ast.AnnAssign):
+            field = statement.target.id
+            sections[field] = section
+        elif isinstance(statement, ast.Expr) and field:
+            helps[field] = " ".join(statement.value.value.split())
+    return helps, sections
+
+
+def keywords(field):
+    """How argparse reads a field: keyword arguments of add_argument."""
+    if field.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if field.type is list:
+        return {"nargs": "+", "metavar": field.name.rstrip("s").upper()}
+    if get_origin(field.type) is Literal:
+        return {"choices": get_args(field.type)}
+    return {"type": field.type, "metavar": field.type.__name__}
+
+
 def refuse(error):
-    """A user's mistake: one line on stderr (from the first process only), exit code 2."""
+    """Ends the program for a user's mistake: one line on stderr (of the first process), code 2."""
     if rank() == 0:
         print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
@@ -53,7 +96,7 @@ def refuse(error):
 
 @contextmanager
 def refusing():
-    """Within the block a ValueError is the user's mistake: one that shows only when a file is read whole."""
+    """Within the block a ValueError is the user's mistake: a file whose damage shows on loading."""
     try:
         yield
     except ValueError as error:

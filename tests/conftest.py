@@ -207,3 +207,19 @@ def build_model(folder, seed=0):
 def tiny(tmp_path_factory):
     """The folder of the random base model. Copy it before changing anything in it."""
     return build_model(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def names(tmp_path_factory, tiny):
+    """{family: what --model would be} of a random base of every family, see small_bases.py."""
+    from small_bases import build_bases  # here, because it imports diffusers
+
+    return build_bases(tmp_path_factory.mktemp("bases"), tiny)
+
+
+@pytest.fixture(scope="session")
+def loaded(names):
+    """{family: model} of the bases in `names`. Load one anew before changing anything in it."""
+    import bases
+
+    return {family: bases.load(name) for family, name in names.items()}

@@ -1,6 +1,6 @@
-"""Plants the field's usual bugs one at a time in a copy of the project, and shows which test sees it.
+"""Plants the field's usual bugs, one at a time, in a copy of the project: which test sees it?
 
-    python tests/mutations.py           every bug: minutes; exits with 1 if one survives or has no place
+    python tests/mutations.py           every bug, in minutes; exits with 1 if one survives
     python tests/mutations.py 3 17      these alone
 
 A bug's place is a function and an expression (or statement) in it, compared as syntax, so that line
@@ -77,8 +77,8 @@ BUGS = [
         "only a process with nothing but bad numbers is stopped",
         "support/guards.py",
         "check_finite",
-        "all(row)",
-        "any(row)",
+        "all(is_finite)",
+        "any(is_finite)",
         "tests/support/test_guards.py",
     ),
     Bug(
@@ -92,9 +92,9 @@ BUGS = [
     Bug(
         "a reward that is NaN is a score",
         "rewards/__init__.py",
-        "Reward.__call__",
-        "",
-        "",
+        "Reward.score",
+        "score.isfinite()",
+        "torch.ones_like(score)",
         "tests/rewards",
     ),
     # Groups and advantages.
@@ -143,8 +143,8 @@ BUGS = [
         "gradients are not summed over the processes",
         "support/processes.py",
         "sum_gradients",
-        "",
-        "",
+        "all_sum(flat)",
+        "flat",
         TWO_PROCESSES,
     ),
     Bug(
@@ -159,8 +159,8 @@ BUGS = [
         "processes that disagree go on",
         "support/processes.py",
         "check_equal",
-        "a != b",
-        "a == b",
+        "own != other",
+        "own == other",
         "tests/support/test_processes.py -k disagree",
     ),
     # Checkpoints.
@@ -176,24 +176,24 @@ BUGS = [
         "the averages of the weights begin anew",
         "support/files.py",
         "load_checkpoint",
-        "",
-        "",
+        "tensors.items()",
+        "[pair for pair in tensors.items() if 'average' not in pair[0]]",
         RESUME,
     ),
     Bug(
         "the optimizer begins anew",
         "support/files.py",
         "load_checkpoint",
-        "",
-        "",
+        "load_state(optimizer, state)",
+        "state",
         RESUME,
     ),
     Bug(
         "lines of the log stay that will be written again",
         "support/files.py",
         "Log.__init__",
-        "",
-        "",
+        "self.path.read_text().splitlines(keepends=True)[:lines]",
+        "self.path.read_text().splitlines(keepends=True)",
         RESUME,
     ),
     Bug(
@@ -209,16 +209,16 @@ BUGS = [
         "a pickle in a checkpoint is run",
         "support/files.py",
         "load_checkpoint",
-        "",
-        "",
-        "tests/runs/test_hostile_files.py -k checkpoint",
+        "torch.load(folder / 'optimizer.pt', map_location='cpu', weights_only=True)",
+        "torch.load(folder / 'optimizer.pt', map_location='cpu', weights_only=False)",
+        "tests/runs/test_hostile_files.py",
     ),
     Bug(
         "an archive is unpacked whatever it claims",
         "rewards/targets.py",
         "check_unpacked",
-        "",
-        "",
+        "size > max(LARGE, RATIO * packed)",
+        "False",
         "tests/rewards/test_targets.py tests/runs/test_hostile_files.py",
     ),
     # Gradients and weights.
@@ -242,24 +242,24 @@ BUGS = [
         "the weights stay swapped for their average",
         "support/averages.py",
         "swapped",
-        "",
-        "",
+        "copy_into(weights, kept)",
+        "kept",
         "tests/runs/test_train_loop.py -k averaged_weights",
     ),
     Bug(
         "post-hoc EMA takes the last time for the largest",
         "support/averages.py",
         "ema_coefficients",
-        "",
-        "",
+        "t.max()",
+        "t[-1]",
         "tests/support/test_averages.py",
     ),
     Bug(
         "a LoRA is saved without its scale",
         "bases/lora.py",
         "export",
-        "",
-        "",
+        "layer.lora_B.weight.detach().float() * layer.lora_scale",
+        "layer.lora_B.weight.detach().float()",
         "tests/bases/test_lora.py",
     ),
     Bug(
@@ -275,9 +275,9 @@ BUGS = [
         "pixels are cut off and not rounded",
         "support/files.py",
         "to_bytes",
-        "",
-        "",
-        SEAMS,
+        "(images.float() * 255).round()",
+        "(images.float() * 255).floor()",
+        "tests/support/test_support_files.py -k byte",
     ),
     Bug(
         "the gradient depends on the size of a forward",
@@ -298,17 +298,17 @@ BUGS = [
     Bug(
         "pictures are judged without the guidance asked for",
         "commands/picture_sets.py",
-        "",
-        "",
-        "",
-        "tests/commands/test_picture_sets.py -k guidance",
+        "stream",
+        "sample(model, model.path, times, prompt, x_T, guidance, null_prompt)",
+        "sample(model, model.path, times, prompt, x_T, 1.0, null_prompt)",
+        "tests/commands/test_picture_sets.py tests/test_eval.py",
     ),
     Bug(
         "the hypervolume's corner is the first run's start",
         "commands/compare.py",
         "table",
-        "",
-        "",
+        "min(starts)",
+        "starts[0]",
         "tests/commands/test_compare.py",
     ),
     Bug(
@@ -338,7 +338,7 @@ def find_function(tree, name):
 
 
 def planted(source, bug):
-    """The source of the bug's file with the bug in it. Raises ValueError unless it has one place."""
+    """The source of a file with the bug in it. Raises ValueError unless it has one place."""
     old = ast.parse(bug.old).body[0]
     wanted = old.value if isinstance(old, ast.Expr) else old
     function = find_function(ast.parse(source), bug.function)
@@ -381,8 +381,13 @@ def plant(folder, bug):
 
 def copy_of_project(folder):
     """A copy of all that the tests need."""
-    ignored = shutil.ignore_patterns(".git", "__pycache__", ".pytest_cache", "runs", ".venv")
-    shutil.copytree(ROOT, folder, ignore=lambda path, names: ignored(path, names) - {"test_runs"})
+
+    def ignore(path, names):
+        """Not tests/runs, but the folder runs/ at the top."""
+        at_top = {"runs", ".git", ".venv"} if Path(path) == ROOT else set()
+        return at_top | {"__pycache__", ".pytest_cache", ".ruff_cache"}
+
+    shutil.copytree(ROOT, folder, ignore=ignore)
     return folder
 
 

@@ -1,0 +1,117 @@
+"""The classifier of a model folder: its layers, its rewards by their definitions, its files."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reward_helpers import IMAGES, METADATA, PROMPTS, TINY, edit_json, refused
+
+import rewards
+from rewards import classifier
+
+
+def test_halve_is_max_pooling_bit_for_bit():
+    for shape in ((3, 2, 28, 28), (3, 2, 7, 7), (1, 4, 9, 6)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(classifier.Halve()(x), F.max_pool2d(x, 2))
+
+
+def test_the_classifier_is_frozen_and_sees_the_mean_of_the_channels():
+    network = classifier.load_classifier(TINY / "reward")
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    features = network.features(IMAGES)
+    assert features.shape == (7, 64) and features.dtype == torch.float32
+    grey = IMAGES.mean(1, keepdim=True)
+    torch.testing.assert_close(network.features(grey), features, atol=1e-5, rtol=1e-5)
+    refused(lambda: network(torch.zeros(1, 3, 28, 32)), "28 x 28", "28 x 32")
+
+
+# --------------------------------------------------------------------------------------------------
+# Rewards.
+
+
+def test_the_rewards_by_their_definitions():
+    images = IMAGES.clone()
+    images[2:6:3] = (torch.arange(28) < 14).float()[:, None]  # neither a coat nor a dress
+    labels = torch.tensor([entry["label"] for entry in METADATA])
+    probs = classifier.load_classifier(TINY / "reward")(images).double().softmax(1)
+    p = probs[range(7), labels]
+    assert (p.log() < classifier.FLOOR).any() and (p.log() > classifier.FLOOR).any()
+
+    found = rewards.Reward("class,margin,ink", TINY)(images, PROMPTS, METADATA)
+    expected = {
+        "class": p.log().clamp(min=-6),
+        "margin": p.log() - (1 - p).log(),
+        "ink": 10 * p * images.double().mean((1, 2, 3)),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, atol=1e-4, rtol=1e-4)
+
+
+def test_the_terms_share_one_network_and_one_forward_a_batch(monkeypatch):
+    loaded = []
+    batches = []
+
+    def counted(*args):
+        network = classifier.load_classifier(*args)
+        network.register_forward_hook(lambda module, args, logits: batches.append(len(logits)))
+        loaded.append(network)
+        return network
+
+    monkeypatch.setattr(rewards, "load_classifier", counted)
+    rewards.Reward("jpeg,fid", TINY)(IMAGES, PROMPTS, [{}] * 7)
+    assert not loaded
+    reward = rewards.Reward("class,margin,ink", TINY, batch=4)
+    first = reward(IMAGES, PROMPTS, METADATA)
+    assert len(loaded) == 1 and batches == [4, 3]
+    other = reward(IMAGES.flip(0), PROMPTS, METADATA[::-1])  # not the logits of before
+    assert batches == [4, 3, 4, 3]
+    torch.testing.assert_close(other["margin"].flip(0), first["margin"], atol=1e-5, rtol=1e-5)
+
+
+def test_logits_are_not_those_of_other_images():
+    network = classifier.load_classifier(TINY / "reward")
+    logits = classifier.SharedLogits(network)
+    for image in IMAGES.split(1):
+        assert torch.equal(logits(image), network(image))
+        assert logits(image) is logits(image)
+
+
+def test_a_missing_label_names_the_reward():
+    with pytest.raises(RuntimeError, match="the reward margin failed: KeyError: 'label'"):
+        rewards.Reward("margin", TINY)(IMAGES, PROMPTS, [{}] * 7)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files.
+
+
+def test_a_folder_without_classifier_serves_the_other_rewards(tmp_path):
+    found = rewards.Reward("jpeg", tmp_path)(IMAGES, PROMPTS, [{}] * 7)
+    assert torch.equal(found["jpeg"], -rewards.jpeg_kilobytes(IMAGES))
+    assert rewards.check_reward("jpeg:2,fid", tmp_path) == {"jpeg": 2, "fid": 1}
+    refused(lambda: rewards.Reward("jpeg,ink", tmp_path), tmp_path, "ink")
+    refused(lambda: rewards.check_reward("jpeg,class", tmp_path), tmp_path / "reward")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+DAMAGE = {
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "a config of another width": lambda folder: edit_json(folder / "config.json", width=3),
+    "a width that is a text": lambda folder: edit_json(folder / "config.json", width="wide"),
+    "a config without width": lambda folder: (folder / "config.json").write_text("{}"),
+    "half of the weights": lambda folder: truncate(folder / "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_folder_is_refused(tmp_path, damage):
+    folder = shutil.copytree(TINY / "reward", tmp_path / "reward")
+    classifier.check_classifier(folder)
+    damage(folder)
+    refused(lambda: classifier.check_classifier(folder), f"{folder}: not a classifier folder")

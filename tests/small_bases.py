@@ -1,0 +1,243 @@
+"""Random bases of a few thousand weights, in the layout of the published ones.
+
+conftest.py has the fixtures `names` {family: what --model would be} and `loaded` {family: model}.
+"""
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from conftest import ROOT
+from safetensors.torch import save_file
+
+from bases import edm2, sit
+from sampling import sample
+
+# sd2 predicts velocities; without a T5 zeros stand in for its tokens; tiny has no VAE.
+FAMILIES = ["tiny", "sd1", "sd2", "sd3", "sd3-without-t5", "sit", "edm2"]
+
+# One of each class of generator, and tiny.
+KINDS = ["tiny", "sd1", "sd3", "sit", "edm2"]
+
+TEXTS = ["a dark coat", "photo of a bag"]
+CLASSES = ["tench, Tinca tinca", "goldfish", "crane", "drake", "crane, machine"]
+TOKENIZER = ROOT / "assets" / "tiny" / "tokenizer"
+
+
+def shaken(module, scale=0.1):
+    """Moves all weights away from zero, so that each of them matters."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module
+
+
+def build_clip(encoder_class, width=16, layers=2):
+    """-> tokenizer, text encoder."""
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(TOKENIZER)
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=10,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, shaken(encoder_class(config))
+
+
+def build_t5(width=40):
+    """-> tokenizer, text encoder."""
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    letters += [(letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = transformers.T5TokenizerFast(vocab=letters, extra_ids=0)
+    config = transformers.T5Config(
+        vocab_size=len(letters), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    return tokenizer, shaken(transformers.T5EncoderModel(config))
+
+
+def build_vae(**scaling):
+    """Of pictures of 16 x 16, with latents of 4 x 8 x 8."""
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=16,
+        **scaling,
+    )
+    return shaken(vae, 0.05)
+
+
+def build_sd(folder, prediction="epsilon", scheduler_class=diffusers.DDIMScheduler):
+    """Stable Diffusion 1, or 2 with prediction v_prediction."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    settings = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": prediction,
+    }
+    if scheduler_class is diffusers.DDIMScheduler:
+        settings["clip_sample"] = False
+    tokenizer, encoder = build_clip(transformers.CLIPTextModel)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=build_vae(scaling_factor=0.18215),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=shaken(unet, 0.05),
+        scheduler=scheduler_class(**settings),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def build_sd3(folder, with_t5=True):
+    """Stable Diffusion 3, whose scheduler has shift 3."""
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=40,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    tokenizer, encoder = build_clip(transformers.CLIPTextModelWithProjection)
+    _, encoder_2 = build_clip(transformers.CLIPTextModelWithProjection, 8, 3)
+    tokenizer_3, encoder_3 = build_t5() if with_t5 else (None, None)
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=shaken(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=build_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer,
+        text_encoder_3=encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def build_beside(folder):
+    """What lies beside the file of a class-conditional network."""
+    folder.mkdir(parents=True)
+    build_vae().save_pretrained(folder / "vae")
+    (folder / "classes.txt").write_text("\n".join(CLASSES))
+
+
+def build_sit(folder):
+    build_beside(folder)
+    network = shaken(sit.SiT(8, 2, 4, 24, 2, 4, 5))
+    save_file(network.state_dict(), folder / "net.safetensors", {"num_heads": "4"})
+    return f"sit:{folder / 'net.safetensors'}"
+
+
+def build_edm2(folder):
+    build_beside(folder)
+    network = shaken(edm2.EDM2(8, 4, 5, 16, [1, 2], 1, [4], 16), 0.3)
+    edm2.save(network, folder / "net.safetensors")
+    return f"edm2:{folder / 'net.safetensors'}"
+
+
+def build_bases(folder, tiny):
+    """-> {family: what --model would be}."""
+    torch.manual_seed(0)
+    names = {"tiny": str(tiny)}
+    build_sd(folder / "sd1")
+    build_sd(folder / "sd2", "v_prediction")
+    build_sd3(folder / "sd3")
+    build_sd3(folder / "sd3-without-t5", with_t5=False)
+    for family in ("sd1", "sd2", "sd3", "sd3-without-t5"):
+        names[family] = str(folder / family)
+    names["sit"] = build_sit(folder / "sit")
+    names["edm2"] = build_edm2(folder / "edm2")
+    return names
+
+
+# --------------------------------------------------------------------------------------------------
+# What tests do with them.
+
+
+def file_of(name):
+    """sit:FILE or edm2:FILE -> FILE."""
+    return Path(name.partition(":")[2])
+
+
+def prompts_of(family):
+    """Three prompts, the last of them the empty one."""
+    if family == "sit":
+        return ["3", "goldfish", ""]
+    if family == "edm2":
+        return ["0", "drake", ""]
+    return [*TEXTS, ""]
+
+
+def noise(shape, count=3, seed=0):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(model, texts, steps, guidance=1.0):
+    """The deterministic sampler, from the noise that the stock pipeline would start from."""
+    x_T = noise(model.shape, len(texts)) * model.initial_std
+    times = model.path.times(steps)
+    with torch.no_grad():
+        prompt = model.encode(texts)
+        return sample(model, model.path, times, prompt, x_T, guidance, model.encode([""]))
+
+
+def stock_pipeline(folder):
+    """diffusers' own pipeline of a folder."""
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    missing = {}
+    for part in ("text_encoder_3", "tokenizer_3"):
+        if index.get(part) == [None, None]:
+            missing[part] = None
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **missing)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock_draw(pipeline, model, texts, steps, guidance=1.0, kind="latent"):
+    """What the stock pipeline draws from the noise of `draw`: latents, or pictures (kind pt)."""
+    output = pipeline(
+        texts,
+        latents=noise(model.shape, len(texts)),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type=kind,
+    )
+    return output.images
+
+
+def edit_json(path, **changes):
+    """Gives a JSON file other values."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
