@@ -27,6 +27,7 @@ networks, guides, workspaces of convolutions, --ema (what learns, once more), an
 
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -216,7 +217,7 @@ class Base(NamedTuple):
     network: nn.Module
     shape: tuple  # of a latent
     embeddings: list  # shapes of a prompt's embeddings
-    call: object  # call(network, x_t, t, *embeddings)
+    call: Callable  # call(network, x_t, t, *embeddings)
     vae: nn.Module
 
 
