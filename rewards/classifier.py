@@ -78,12 +78,10 @@ def check_classifier(folder):
         with safe_open(folder / "model.safetensors", "pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}
         if found != expected:
-            raise ValueError("config.json and model.safetensors disagree")
+            raise ValueError("config.json and model.safetensors disagree; get a whole copy")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{folder}: not a classifier folder ({reason}); get a whole copy of it"
-        ) from None
+        raise ValueError(f"{folder}: not a classifier folder ({reason})") from None
 
 
 def load_classifier(folder, device="cpu"):

@@ -144,6 +144,8 @@ def read_npz(path, *names):
         raise ValueError(
             f"{path}: lacks {' or '.join(names)}; give an .npz with {' and '.join(names)}"
         ) from None
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give an .npz with {' and '.join(names)}") from None
     except DAMAGED as error:
         reason = " ".join(str(error).split())
         raise ValueError(

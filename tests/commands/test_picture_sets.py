@@ -466,7 +466,7 @@ def write_npz(path, kind, pixels):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("missing", "not an npz file"),
+        ("missing", "no such file"),
         ("truncated", "not an npz file"),
         ("objects", "not an npz file"),
         ("another name", "arr_0"),
