@@ -147,7 +147,8 @@ def noised_prompt(prompt, noise, scale, tau1, tau2, psi=1.0):
     """-> condition(rows, u): the prompts that the rollouts `rows` see when the fraction u is left.
 
     prompt and noise are tuples of embeddings [B, ...]. The one noise of a rollout is held here, so
-    that the update sees what the rollout saw. scale 0: the clean prompts.
+    that the update sees what the rollout saw. scale 0: the clean prompts. An entry of integers (a
+    mask of padding) takes no noise.
     """
 
     def clean(rows, u):
@@ -156,9 +157,10 @@ def noised_prompt(prompt, noise, scale, tau1, tau2, psi=1.0):
     def noised(rows, u):
         embeddings = []
         for embedding, drawn in zip(prompt, noise):
-            embeddings.append(
-                annealed_noise(embedding[rows], drawn[rows], u, scale, tau1, tau2, psi)
-            )
+            seen = embedding[rows]
+            if embedding.is_floating_point():
+                seen = annealed_noise(seen, drawn[rows], u, scale, tau1, tau2, psi)
+            embeddings.append(seen)
         return tuple(embeddings)
 
     return noised if scale else clean

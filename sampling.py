@@ -198,8 +198,12 @@ def predict(model, x_t, t, prompt, guidance=1.0, null_prompt=None):
     Guided: x0 = x0_null + guidance (x0 - x0_null), and eps alike; guidance 1 asks the model once.
     prompt is a tuple of embeddings [B, ...], null_prompt of [1, ...]; both go through one forward.
     A model may have a second network for x0_null, `model.guide` (EDM2, arXiv 2312.02696;
-    autoguidance, arXiv 2406.02507).
+    autoguidance, arXiv 2406.02507), or a guidance of its own, `model.guided` (a distilled FLUX.1
+    takes the number as an input).
     """
+    own_guidance = getattr(model, "guided", None)
+    if own_guidance:
+        return own_guidance(x_t, t, prompt, guidance, null_prompt)
     if guidance == 1.0:
         return model(x_t, t, prompt)
 

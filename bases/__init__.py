@@ -25,6 +25,12 @@ from bases.sit import SiTGenerator
 from bases.stable_diffusion import StableDiffusion, StableDiffusion3
 from support.compiling import compile_network, recompute_context
 
+# The class of each pipeline of diffusers.
+CLASSES = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+}
+
 
 def load(
     name,
@@ -43,10 +49,8 @@ def load(
     check(name)
     kind, folder, file, guide = locate(name)
     options = (torch.device(device), precision, decode_batch)
-    if kind == "StableDiffusionPipeline":
-        model = StableDiffusion(folder, *options)
-    elif kind == "StableDiffusion3Pipeline":
-        model = StableDiffusion3(folder, *options)
+    if kind in CLASSES:
+        model = CLASSES[kind](folder, *options)
     elif kind == "sit":
         model = SiTGenerator(file, *options)
     else:

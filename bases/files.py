@@ -23,10 +23,36 @@ from support.files import read_json
 # The embedded base: in the working directory, or else in this project.
 DEFAULT = "assets/tiny"
 
-# The folder of the network that is trained, by the pipeline of a diffusers folder.
-NETWORK = {
-    "StableDiffusionPipeline": "unet",
-    "StableDiffusion3Pipeline": "transformer",
+
+class Pipeline(NamedTuple):
+    """What a pipeline of diffusers is made of, and which schedulers are its stock one."""
+
+    network: str  # the folder of the network that is trained
+    encoders: tuple  # endings of the text encoders that it must have: text_encoder, _2, _3
+    scheduler: dict  # {key of the scheduler's file: the values that it may have}
+    is_flow: bool = False
+    has_vae: bool = True  # without one the latents are pixels, if the pipeline allows it
+    patch: int = 1  # a token of the network holds a square of this side; 1: not packed
+    doubles: bool = False  # the network predicts a variance too, in as many channels again
+
+
+# For the samples to be the stock pipeline's, the scheduler's file must have one of these values
+# wherever it has the key.
+LEADING = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "beta_schedule": ("linear", "scaled_linear"),
+    "timestep_spacing": ("leading",),
+    "thresholding": (False,),
+}
+EULER = {
+    "use_dynamic_shifting": (False, None),
+    "stochastic_sampling": (False,),
+    "invert_sigmas": (False,),
+}
+
+PIPELINES = {
+    "StableDiffusionPipeline": Pipeline("unet", ("",), LEADING),
+    "StableDiffusion3Pipeline": Pipeline("transformer", ("",), EULER, is_flow=True, has_vae=False),
 }
 
 # The kinds whose network no library holds: sit.py, edm2.py.
@@ -41,22 +67,6 @@ BESIDE = (
     "prompts.jsonl",
     "eval_prompts.jsonl",
 )
-
-# For the samples to be the stock pipeline's, the scheduler's file must have one of these values
-# wherever it has the key, by the folder of the network.
-STOCK = {
-    "unet": {
-        "prediction_type": ("epsilon", "v_prediction"),
-        "beta_schedule": ("linear", "scaled_linear"),
-        "timestep_spacing": ("leading",),
-        "thresholding": (False,),
-    },
-    "transformer": {
-        "use_dynamic_shifting": (False, None),
-        "stochastic_sampling": (False,),
-        "invert_sigmas": (False,),
-    },
-}
 
 
 def _part_patterns(part, stem):
@@ -90,7 +100,7 @@ WANTED = [
 class Location(NamedTuple):
     """Where a model's files lie."""
 
-    kind: str  # a pipeline of NETWORK, or one of OWN
+    kind: str  # one of PIPELINES, or one of OWN
     folder: Path
     file: Path | None = None  # of the network, if the kind is one of OWN
     guide: Path | None = None  # of the network that guides it, if there is one
@@ -152,7 +162,7 @@ def _fetch(repo):
 
 
 def _pipeline(folder):
-    """The pipeline that a diffusers folder names, one of NETWORK."""
+    """The pipeline that a diffusers folder names, one of PIPELINES."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         pipeline = index["_class_name"]
@@ -160,9 +170,9 @@ def _pipeline(folder):
         raise ValueError(
             "no readable model_index.json with a _class_name, so this is not a diffusers folder"
         ) from None
-    if not isinstance(pipeline, str) or pipeline not in NETWORK:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise ValueError(
-            f"holds a {pipeline}; known here: {', '.join(NETWORK)}, and sit:FILE, edm2:FILE"
+            f"holds a {pipeline}; known here: {', '.join(PIPELINES)}, and sit:FILE, edm2:FILE"
         )
     return pipeline
 
@@ -174,7 +184,7 @@ def network_files(name):
     """
     location = locate(name)
     if location.kind not in OWN:
-        return _weight_files(location.folder / NETWORK[location.kind])
+        return _weight_files(location.folder / PIPELINES[location.kind].network)
     if location.file.suffix != ".safetensors":
         raise ValueError(
             f"--model {name}: {location.file.name} is not a safetensors file; "
@@ -258,14 +268,13 @@ def named_parts(folder):
     return parts
 
 
-def check_pipeline(folder, pipeline):
-    """Checks all parts of a diffusers folder. Raises ValueError."""
+def check_pipeline(folder, kind):
+    """Checks all parts of a diffusers folder; kind is one of PIPELINES. Raises ValueError."""
+    pipeline = PIPELINES[kind]
     named = named_parts(folder)
-    network = NETWORK[pipeline]
-
-    suffixes = [""]  # of the text encoders: text_encoder, text_encoder_2, text_encoder_3
-    for suffix in ("_2", "_3"):
-        if network == "transformer" and "text_encoder" + suffix in named:
+    suffixes = []  # of the text encoders: text_encoder, text_encoder_2, text_encoder_3
+    for suffix in ("", "_2", "_3"):
+        if suffix in pipeline.encoders or "text_encoder" + suffix in named:
             suffixes.append(suffix)
     if suffixes == ["", "_3"]:
         raise ValueError(
@@ -276,20 +285,34 @@ def check_pipeline(folder, pipeline):
         _check_tokenizer(folder / f"tokenizer{suffix}")
         check_part(folder / f"text_encoder{suffix}")
 
-    config = check_part(folder / network)
-    _check_scheduler(folder, network)
+    config = check_part(folder / pipeline.network)
+    _check_scheduler(folder, pipeline)
+    channels = _check_network(config, pipeline)
+    vae = None
+    if "vae" in named or pipeline.has_vae:
+        vae = check_part(folder / "vae")
+    check_channels(channels, vae)
+
+
+def _check_network(config, pipeline):
+    """The config of a network, as its kind of pipeline has it -> the channels of a latent."""
     channels = config.get("in_channels")
-    same = config.get("out_channels") or channels
-    if channels != same or not isinstance(config.get("sample_size"), int):
+    out_channels = config.get("out_channels") or channels
+    expected = [channels]
+    if pipeline.doubles and isinstance(channels, int):
+        expected = [2 * channels]
+    is_packed = pipeline.patch > 1
+    if is_packed and isinstance(channels, int):
+        channels = channels // pipeline.patch**2
+        expected.append(channels)
+    has_size = is_packed or isinstance(config.get("sample_size"), int)
+    if out_channels not in expected or not has_size:
         raise ValueError(
-            f"{network}/config.json: in_channels {channels}, "
+            f"{pipeline.network}/config.json: in_channels {config.get('in_channels')}, "
             f"out_channels {config.get('out_channels')} and sample_size "
             f"{config.get('sample_size')} are not those of a text-to-image network"
         )
-    vae = None
-    if "vae" in named or network == "unet":
-        vae = check_part(folder / "vae")
-    check_channels(channels, vae)
+    return channels
 
 
 def _check_tokenizer(folder):
@@ -311,13 +334,13 @@ def _check_tokenizer(folder):
         )
 
 
-def _check_scheduler(folder, network):
+def _check_scheduler(folder, pipeline):
     """Checks that samples by this scheduler's file are the stock pipeline's."""
     file = "scheduler/scheduler_config.json"
     scheduler = read_json(folder / file)
-    if network == "transformer" and "shift" not in scheduler:
+    if pipeline.is_flow and "shift" not in scheduler:
         raise ValueError(f"{file} has no shift, so this is not the scheduler of a flow")
-    for key, known in STOCK[network].items():
+    for key, known in pipeline.scheduler.items():
         if scheduler.get(key, known[0]) not in known:
             raise ValueError(
                 f"{key} {scheduler[key]!r} in {file}; known here: {', '.join(map(repr, known))}"
@@ -333,10 +356,12 @@ def check_channels(channels, vae):
     if vae is None:
         if channels not in (1, 3):
             raise ValueError(f"the network has {channels} channels, and pixels have 1 or 3")
-    elif channels != vae.get("latent_channels"):
+        return
+    latent_channels = vae.get("latent_channels", vae.get("z_dim"))  # z_dim: Qwen-Image's
+    if channels != latent_channels:
         raise ValueError(
             f"the network has {channels} channels, and the latents of vae/ have "
-            f"{vae.get('latent_channels')}; it belongs to another network"
+            f"{latent_channels}; it belongs to another network"
         )
 
 

@@ -6,13 +6,15 @@
     model.shape             of one latent
     model.initial_std       of x_T: x_T = initial_std * noise, where the stock sampler starts
     model.folder            where the base's files lie
-    model.embed(texts)      prompt embeddings of a few texts: a tuple of [B, ...]
+    model.embed(texts)      prompt embeddings of a few texts: a tuple of [B, ...]; one of integers
+                            (a mask of padding) takes no prompt noise
     model.encode(texts)     the same of any number of texts, float32, without gradients
     model.picture(latents)  pictures [B, 1 or 3, H, W] of a few latents
     model.decode(latents)   pictures [B, 3, H, W] of any number of latents, in [0, 1]
     model.frozen()          a copy whose network no longer learns
     model.save(folder)      writes a folder that bases.load reads
-Two attributes of a base are optional: `guide` and `guided_channels`, see sampling.predict.
+Three attributes of a base are optional: `guide`, `guided_channels` and `guided`, see
+sampling.predict.
 Deterministic samples equal the stock pipeline's. Weights are float32; precision bfloat16 means
 autocast, and text encoders in bfloat16.
 """
@@ -155,7 +157,12 @@ class Generator:
         place = {text: i for i, text in enumerate(distinct)}
         places = [place[text] for text in texts]
         parts = [self.embed(part) for part in _split(distinct, TEXTS_AT_ONCE)]
-        return tuple(torch.cat(embeddings).float()[places] for embeddings in zip(*parts))
+        prompt = []
+        for pieces in zip(*parts):
+            embedding = torch.cat(pieces)[places]
+            # Integers stay what they are: a mask of padding.
+            prompt.append(embedding.float() if embedding.is_floating_point() else embedding)
+        return tuple(prompt)
 
     def forget_text_encoders(self, texts=()):
         """Keeps the embeddings of `texts` on the CPU and frees the encoders, of frozen copies too.

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import bases
-from bases.files import BESIDE, OWN, locate, network_files
+from bases.files import BESIDE, OWN, PIPELINES, locate, network_files
 from bases.tensors import open_checkpoints
 from commands.compare import grid_files, open_runs
 from commands.picture_sets import choose, open_pictures, parts_of, read_sidecar, settings, sidecar
@@ -177,7 +177,9 @@ def check_out(out, model):
 def check_sampling(model, kernel="cps", **steps):
     """The base's schedule has so many steps, {flag: number}, and its path knows the kernel."""
     kind, folder, *_ = locate(model)
-    if kind == "StableDiffusionPipeline":
+    pipeline = PIPELINES.get(kind)
+    is_variance_preserving = pipeline and not pipeline.is_flow
+    if is_variance_preserving:
         config = files.read_json(folder / "scheduler" / "scheduler_config.json")
         schedule = VP(torch.ones(int(config.get("num_train_timesteps", 1000))))
         for name, count in steps.items():
@@ -186,7 +188,7 @@ def check_sampling(model, kernel="cps", **steps):
             except ValueError as error:
                 raise ValueError(f"--{name} {count}: {error}; take fewer") from None
     need(
-        kernel != "flow-grpo" or kind not in ("StableDiffusionPipeline", "edm2"),
+        kernel != "flow-grpo" or not (is_variance_preserving or kind == "edm2"),
         f"--kernel flow-grpo: is defined for flows, and {model} is none; take ancestral or cps",
     )
 
