@@ -29,8 +29,7 @@ from tqdm import tqdm
 import bases
 import dist_reward
 import eval as evaluation
-from bases.files import network_files
-from bases.tensors import Over, Weights, block_of, put
+from bases.tensors import Over, block_of, open_weights, put
 from commands import compare
 from commands.checks import check_merge, numbers
 from commands.picture_sets import generate, stream
@@ -53,13 +52,13 @@ class Args:
     command: Literal["average", "ema", "rl"]
     """what to do"""
     checkpoints: list
-    """model folders, snapshots of train.py or LoRA files, all of one base"""
+    """models, snapshots of train.py or LoRA files, all of one base"""
 
     # any command
     out: str = ""
     """folder to write (required)"""
     model: str = ""
-    """base model folder (default: what the checkpoints name)"""
+    """base model (default: what the checkpoints name)"""
 
     # average
     coefficients: str = ""
@@ -616,16 +615,16 @@ def main(argv=None):
     args = flags.parse_args(Args, __doc__, argv)
     with flags.refusing():
         default = Args(args.command, args.checkpoints)
-        args, folder, views, prompts, eval_prompts = check_merge(args, default)
+        args, name, views, prompts, eval_prompts = check_merge(args, default)
     with guards.writing(args.out):
         if args.command == "rl":
-            rl(args, folder, views, prompts, eval_prompts)
+            rl(args, name, views, prompts, eval_prompts)
         elif processes.rank() == 0:
-            average(args, folder, views)
+            average(args, name, views)
     processes.finish()
 
 
-def average(args, folder, views):
+def average(args, name, views):
     """`average` and `ema`: the merged model in args.out, or one of each length in folders there.
 
     Beside several lies config.json, so that the same command makes those that are missing.
@@ -635,7 +634,7 @@ def average(args, folder, views):
     if args.command == "ema":
         rows = sweep(views, lengths)
     with flags.refusing():
-        model = bases.load(str(folder))
+        model = bases.load(name)
 
     out = Path(args.out)
     folders = [out]
@@ -653,14 +652,14 @@ def average(args, folder, views):
         print(f"{path}: " + ", ".join(terms))
 
 
-def rl(args, folder, views, prompts, eval_prompts):
-    """`rl`: search, table, plot and the merged model, in args.out."""
+def rl(args, name, views, prompts, eval_prompts):
+    """`rl`: search, table, plot and the merged model, in args.out. name: of the base."""
     device = processes.start(args.device)
     out = Path(args.out)
     blocks = len({block_of(name) for name in views[0]}) if args.blocks else 1
     with flags.refusing():  # some mistakes show only when files are read whole
-        model = bases.load(str(folder), device, args.precision)
-        base = Weights(network_files(folder))
+        model = bases.load(name, device, args.precision)
+        base = open_weights(name)
         model.encode([prompt.text for prompt in prompts + eval_prompts])
         merges = Merges(args, model, views, prompts)
 

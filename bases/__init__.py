@@ -1,6 +1,6 @@
 """Base models by name: load(name) -> a Generator (generator.py), check(name) -> its folder.
 
-Names are those of files.py: a folder, a hub id, sit:FILE, edm2:FILE.
+Names are those of files.py: a folder, a hub id, sit:FILE, edm2:FILE, module:Class:PATH.
 """
 
 import functools
@@ -9,10 +9,11 @@ from contextlib import nullcontext
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from bases import edm2, sit
+from bases import edm2, plug, sit
 from bases.edm2 import EDM2Generator
 from bases.files import (
-    OWN,
+    PIPELINES,
+    PLUG,
     check_channels,
     check_part,
     check_pipeline,
@@ -24,6 +25,7 @@ from bases.generator import attention_kernel
 from bases.sit import SiTGenerator
 from bases.stable_diffusion import StableDiffusion, StableDiffusion3
 from support.compiling import compile_network, recompute_context
+from support.sharding import blocks
 
 # The class of each pipeline of diffusers.
 CLASSES = {
@@ -47,14 +49,16 @@ def load(
     ValueError, in one line, as `check` does, or if the weights are not those of their config.
     """
     check(name)
-    kind, folder, file, guide = locate(name)
+    location = locate(name)
     options = (torch.device(device), precision, decode_batch)
-    if kind in CLASSES:
-        model = CLASSES[kind](folder, *options)
-    elif kind == "sit":
-        model = SiTGenerator(file, *options)
+    if location.kind in CLASSES:
+        model = CLASSES[location.kind](location.folder, *options)
+    elif location.kind == "sit":
+        model = SiTGenerator(location.file, *options)
+    elif location.kind == "edm2":
+        model = EDM2Generator(location.file, *options, location.guide)
     else:
-        model = EDM2Generator(file, *options, guide)
+        model = plug.load(location, *options)
     if compile:
         compile_network(model.network)
     if checkpointing:
@@ -67,31 +71,31 @@ def load(
 def recompute(network, attention=nullcontext):
     """Keeps only the inputs of a network's blocks, in place: activation checkpointing.
 
-    The backward computes the blocks' activations again, within the context attention().
+    The backward computes the blocks' activations again, within the context attention(). A block is
+    an entry of an outermost list of modules that has layers of its own; a network without such a
+    list is one block.
     """
     again = functools.partial(_checkpointed, attention)
-    own_blocks = []
-    for module in network.modules():
-        if isinstance(module, (sit.Block, edm2.Block)):
-            own_blocks.append(module)
-    for block in own_blocks:
+    if hasattr(network, "enable_gradient_checkpointing"):  # a network of diffusers
+        network.enable_gradient_checkpointing(again)
+        return
+    own_blocks = [block for block in blocks(network) if any(block.children())]
+    for block in own_blocks or [network]:
         # A bound method within a partial: deepcopy binds it to the copy of the block.
         block.forward = functools.partial(_forward, again, block.forward)
-    if not own_blocks:  # a network of diffusers
-        network.enable_gradient_checkpointing(again)
 
 
-def _checkpointed(attention, block, *inputs):
-    """block(*inputs), whose backward computes it again."""
+def _checkpointed(attention, block, *inputs, **named):
+    """block(*inputs, **named), whose backward computes it again."""
     context = recompute_context(attention)
-    return checkpoint(block, *inputs, use_reentrant=False, **context)
+    return checkpoint(block, *inputs, use_reentrant=False, **named, **context)
 
 
-def _forward(again, forward, *inputs):
+def _forward(again, forward, *inputs, **named):
     """A block's forward: checkpointed where there is a backward to come."""
     if torch.is_grad_enabled():
-        return again(forward, *inputs)
-    return forward(*inputs)
+        return again(forward, *inputs, **named)
+    return forward(*inputs, **named)
 
 
 def check(name):
@@ -101,18 +105,21 @@ def check(name):
     nothing in it is run.
     """
     try:
-        kind, folder, file, guide = locate(name)
-        if kind not in OWN:
-            check_pipeline(folder, kind)
+        location = locate(name)
+        kind, file = location.kind, location.file
+        if kind in PIPELINES:
+            check_pipeline(location.folder, kind)
+        elif kind == PLUG:
+            plug.check(location)
         elif kind == "sit":
             config = sit.check(file, stated_heads(file))
             _check_beside(file, config["in_channels"], config["num_classes"], "sd-vae-ft-ema")
         else:
-            config = _check_edm2(file, guide)
+            config = _check_edm2(file, location.guide)
             _check_beside(file, config["img_channels"], config["label_dim"], "sd-vae-ft-mse")
     except (ValueError, OSError) as error:
         raise ValueError(f"--model {name}: {error}") from None
-    return folder
+    return location.folder
 
 
 def _check_edm2(file, guide):

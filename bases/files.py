@@ -7,6 +7,7 @@
                  AutoencoderKL, and perhaps classes.txt, line i the names of class i
     edm2:FILE    a published snapshot of EDM2 (.pkl, .safetensors), with the same beside it;
                  edm2:FILE,GUIDE is guided by the network in GUIDE
+    module:Class:PATH    a generator of one's own (plug.py)
 No network is built here. Every ValueError is the user's one line: the value and the remedy.
 """
 
@@ -19,6 +20,8 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from support.files import read_json
+
+NAMES = "a folder, owner/name, sit:FILE, edm2:FILE[,GUIDE] or module:Class:PATH"
 
 # The embedded base: in the working directory, or else in this project.
 DEFAULT = "assets/tiny"
@@ -57,6 +60,7 @@ PIPELINES = {
 
 # The kinds whose network no library holds: sit.py, edm2.py.
 OWN = ("sit", "edm2")
+PLUG = "plug"  # the kind of a generator of one's own
 
 # What may lie beside the file of such a network, and is saved with it.
 BESIDE = (
@@ -100,18 +104,25 @@ WANTED = [
 class Location(NamedTuple):
     """Where a model's files lie."""
 
-    kind: str  # one of PIPELINES, or one of OWN
+    kind: str  # one of PIPELINES, one of OWN, or PLUG
     folder: Path
-    file: Path | None = None  # of the network, if the kind is one of OWN
+    file: Path | None = None  # of the network; None for a pipeline, and where only a class knows
     guide: Path | None = None  # of the network that guides it, if there is one
+    plug: str = ""  # module:Class
+    source: Path | None = None  # what that class reads
 
 
 def locate(name):
     """The name of a model -> Location. Raises ValueError, without --model before it."""
-    kind, _, rest = str(name).partition(":")
+    name = str(name)
+    kind, _, rest = name.partition(":")
     if kind in OWN:
         return _locate_file(kind, rest)
-    folder = _locate_folder(str(name))
+    if ":" in name and not Path(name).exists():
+        return _locate_plug(name)
+    folder = _locate_folder(name)
+    if (folder / "generator.json").is_file():
+        return _locate_saved_plug(folder)
 
     for kind in OWN:
         file = folder / f"{kind}.safetensors"
@@ -132,6 +143,37 @@ def _locate_file(kind, rest):
     return Location(kind, Path(file).parent, Path(file), guide)
 
 
+def _locate_plug(name):
+    """module:Class:PATH -> Location."""
+    module, _, rest = name.partition(":")
+    class_name, _, path = rest.partition(":")
+    words = [*module.split("."), class_name]
+    if not path or not all(word.isidentifier() for word in words):
+        raise ValueError(
+            f"{module}: is no prefix of a model; write {NAMES} (a generator of your own)"
+        )
+    return _plug_at(Path(path), f"{module}:{class_name}")
+
+
+def _plug_at(source, plug, file=None):
+    """The Location of a generator of one's own that reads `source`."""
+    folder = source if source.is_dir() else source.parent
+    return Location(PLUG, folder, file, plug=plug, source=source)
+
+
+def _locate_saved_plug(folder):
+    """A folder that such a generator has saved -> Location."""
+    saved = read_json(folder / "generator.json")
+    plug, path = saved.get("class"), saved.get("path")
+    is_inside = isinstance(path, str) and (path == "." or Path(path).name == path)
+    if not isinstance(plug, str) or ":" not in plug or not is_inside:
+        raise ValueError(f"{folder / 'generator.json'}: needs a class and a path in this folder")
+    file = folder / "network.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; the folder is incomplete")
+    return _plug_at(folder / path, plug, file)
+
+
 def _locate_folder(name):
     """A folder, the default, or a hub id, which is fetched -> a folder that exists."""
     folder = Path(name)
@@ -144,8 +186,7 @@ def _locate_folder(name):
             folder = _fetch(name)
     if not folder.is_dir():
         raise ValueError(
-            "no such folder; build the default with experiments/build_tiny.py "
-            "or give a diffusers folder or a hub id, owner/name"
+            f"no such folder; build the default with experiments/build_tiny.py, or give {NAMES}"
         )
     return folder
 
@@ -171,26 +212,43 @@ def _pipeline(folder):
             "no readable model_index.json with a _class_name, so this is not a diffusers folder"
         ) from None
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        raise ValueError(
-            f"holds a {pipeline}; known here: {', '.join(PIPELINES)}, and sit:FILE, edm2:FILE"
-        )
+        raise ValueError(f"holds a {pipeline}; known here: {', '.join(PIPELINES)}, and {NAMES}")
     return pipeline
 
 
 def network_files(name):
     """The safetensors files of the network that is trained, one or several shards.
 
-    It is what a merge reads. name: as for bases.check, or the folder that it returns.
+    It is what a merge reads. Empty where the weights lie in another kind of file. name: as for
+    bases.check, or the folder that it returns.
     """
     location = locate(name)
-    if location.kind not in OWN:
+    if location.kind in PIPELINES:
         return _weight_files(location.folder / PIPELINES[location.kind].network)
-    if location.file.suffix != ".safetensors":
-        raise ValueError(
-            f"--model {name}: {location.file.name} is not a safetensors file; "
-            f"write one with bases.load({str(name)!r}).save(FOLDER)"
-        )
-    return [location.file]
+    if location.file and location.file.suffix == ".safetensors":
+        return [location.file]
+    return []
+
+
+def files_of(name):
+    """All files that the pictures of a model are a function of, besides VAE and text encoders."""
+    location = locate(name)
+    if location.kind in PIPELINES:
+        return network_files(name)
+    if location.file:
+        return [path for path in (location.file, location.guide) if path]
+    if location.source.is_file():
+        return [location.source]
+    return sorted(path for path in location.source.rglob("*") if path.is_file())
+
+
+def copied_folders(name):
+    """The folders that saving a model copies."""
+    location = locate(name)
+    takes_beside = location.kind in OWN or location.source and location.source.is_file()
+    if takes_beside:
+        return [location.folder / part for part in BESIDE]
+    return [location.folder]
 
 
 def copy_folder(source, target, *left_out, top=""):

@@ -20,6 +20,7 @@ autocast, and text encoders in bfloat16.
 """
 
 import copy
+import functools
 import json
 import shutil
 from contextlib import contextmanager, nullcontext
@@ -27,10 +28,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bases.files import BESIDE, copy_folder, named_parts
-from bases.lora import merged
+from bases.lora import TARGETS, can_have_lora, merged
 from support.files import read_json
 
 # Bytes of prompt embeddings that are kept: 36,000 prompts of Stable Diffusion 1, 1,500 of 3.5.
@@ -110,22 +112,72 @@ def attention_kernel(device, precision):
     return nullcontext()
 
 
-class Generator:
-    """What the bases share.
+def is_attention(name, module):
+    """Whether a module of a network, by its own name or its class, is an attention."""
+    is_list = isinstance(module, nn.ModuleList)  # Stable Diffusion 1 has `attentions` of blocks
+    return (
+        "attn" in name
+        or "attention" in type(module).__name__.lower()
+        or ("attention" in name and not is_list)
+    )
 
-    Each base adds network, path, shape, __call__, embed, picture and save.
+
+def attention_parameters(network):
+    """The names of the parameters that lie in an attention, at any depth."""
+    found = set()
+    for path, module in network.named_modules():
+        if is_attention(path.rpartition(".")[2], module):
+            found.update(f"{path}.{name}" for name, _ in module.named_parameters())
+    return found
+
+
+class Generator:
+    """What the bases share, and what a generator of your own extends (docs/bases.md).
+
+    A base gives network, path, shape, __call__, embed and picture. All else has a default.
     """
 
     initial_std = 1.0
     encoders = None  # [(tokenizer, text encoder)], [] once they are forgotten; None: classes
     vae = None  # None: a latent is a picture
 
-    def __init__(self, folder, device, precision, decode_batch):
-        self.folder = folder
-        self.device = device
+    def __init__(self, source, device, precision, decode_batch):
+        """source: the file or folder that the base is read from."""
+        self.source = Path(source)
+        self.folder = self.source if self.source.is_dir() else self.source.parent
+        self.device = torch.device(device)
         self.precision = precision
         self.decode_batch = decode_batch
         self.known = {}  # {text: its embeddings, on the CPU}
+
+    @functools.cached_property
+    def attention_names(self):
+        """The names of the parameters of attention; those of all, where there is none."""
+        names = [name for name, _ in self.network.named_parameters()]
+        return attention_parameters(self.network) or set(names)
+
+    def trained(self, name):
+        """Whether the parameter `name` learns under --train attention."""
+        return name in self.attention_names
+
+    def lora_targets(self):
+        """The ends of the names of the layers that --lora changes, whole between dots.
+
+        Those that diffusers, SiT and EDM2 use, if the network has any; else all linear layers whose
+        weights learn; else all linear layers.
+        """
+        ends = tuple("." + target for target in TARGETS)
+        linear = [name for name, layer in self.network.named_modules() if can_have_lora(layer)]
+        known = [name for name in linear if ("." + name).endswith(ends)]
+        learning = [name for name in linear if self.trained(f"{name}.weight")]
+        return tuple(known or learning or linear)
+
+    def stock_sample(self, texts, x_T, steps):
+        """Latents by the deterministic sampler of the library that the base comes from, or None.
+
+        Without guidance, from x_T [B, ...]. `train.py --check` compares them with ours.
+        """
+        return None
 
     @contextmanager
     def autocast(self):
@@ -191,8 +243,8 @@ class Generator:
             return self.decode(latents.new_zeros(1, *self.shape))[:0]
         pictures = []
         for part in latents.split(self.decode_batch):
-            pictures.append(self.picture(part.float()).clamp(0, 1))
-        return torch.cat(pictures)
+            pictures.append(self.picture(part.float()).float().clamp(0, 1))
+        return torch.cat(pictures).expand(-1, 3, -1, -1)  # one channel is grey
 
     def frozen(self):
         """A copy whose network no longer learns: the reference policy of the KL."""
@@ -206,6 +258,23 @@ class Generator:
         Collective if the network is in pieces (support/sharding.py): call it on every process.
         """
         return merged(self.network)
+
+    def save(self, folder, weights=None):
+        """Writes a folder that bases.load reads: see plug.py, whose folders these are.
+
+        Pipelines, SiT and EDM2 write their own layouts in place of it.
+        """
+        folder = Path(folder)
+        if self.source.is_dir():
+            copy_folder(self.source, folder, ".git", ".cache")
+        else:
+            self.copy_beside(folder)
+            shutil.copyfile(self.source, folder / self.source.name)
+        cls = type(self)
+        path = "." if self.source.is_dir() else self.source.name
+        facts = {"class": f"{cls.__module__}:{cls.__qualname__}", "path": path}
+        (folder / "generator.json").write_text(json.dumps(facts, indent=2) + "\n")
+        save_file(weights or self.weights(), folder / "network.safetensors", {"format": "pt"})
 
     def save_pipeline(self, folder, part, weights=None):
         """Writes a diffusers folder that loads like the base.
@@ -235,6 +304,12 @@ class Generator:
         anything} becomes its metadata, as text.
         """
         folder = Path(folder)
+        self.copy_beside(folder)
+        metadata = {key: str(value) for key, value in facts.items()}
+        save_file(weights or self.weights(), folder / f"{kind}.safetensors", metadata)
+
+    def copy_beside(self, folder):
+        """Makes a folder with copies of what may lie beside the file of a base."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in BESIDE:
             path = self.folder / name
@@ -242,8 +317,6 @@ class Generator:
                 copy_folder(path, folder / name)
             elif path.is_file():
                 shutil.copyfile(path, folder / name)
-        metadata = {key: str(value) for key, value in facts.items()}
-        save_file(weights or self.weights(), folder / f"{kind}.safetensors", metadata)
 
 
 def _split(texts, size):

@@ -44,7 +44,8 @@ TARGETS = (
     "attn_proj",
 )
 
-# What diffusers puts before a layer's name in a LoRA file, by the class of the network.
+# What diffusers puts before a layer's name in a LoRA file, by the class of the network. Nothing
+# before the names of a network that is not here.
 PREFIX = {
     "UNet2DConditionModel": "unet.",
     "SD3Transformer2DModel": "transformer.",
@@ -76,23 +77,32 @@ def changes_its_weight(layer):
     return hasattr(type(layer), "lora_on")
 
 
+def can_have_lora(layer):
+    """Whether a layer is linear and is called, or changes its weight itself.
+
+    nn.MultiheadAttention reads the weight of its out_proj and never calls that layer.
+    """
+    is_linear = isinstance(layer, nn.Linear)
+    is_read = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return (is_linear and not is_read) or changes_its_weight(layer)
+
+
 def target_layers(network, targets):
-    """The layers whose names end in one of `targets`, whole between dots -> {name: layer}."""
+    """The layers whose names end in one of `targets`, whole between dots -> {name: layer}.
+
+    Raises ValueError for one that cannot have a LoRA.
+    """
     ends = tuple("." + target for target in targets)
     layers = {}
     for name, layer in network.named_modules():
         if ("." + name).endswith(ends):
             layers[name] = layer
     for name, layer in layers.items():
-        if not (isinstance(layer, nn.Linear) or changes_its_weight(layer)):
+        if not can_have_lora(layer):
             raise ValueError(
                 f"{name} is a {type(layer).__name__}; "
                 "a LoRA fits linear layers, and the layers of EDM2"
             )
-    if not layers:
-        raise ValueError(
-            f"no layer's name ends in one of {', '.join(targets)}; name the layers to train"
-        )
     return layers
 
 
@@ -127,6 +137,11 @@ def add_lora(network, rank, alpha, targets=TARGETS, seed=0):
             f"{present[0]} has a LoRA already; fold it into the base first (lora.merged)"
         )
     layers = target_layers(network, targets)
+    if not layers:
+        raise ValueError(
+            f"--lora: no layer's name ends in one of {', '.join(targets) or '(none is linear)'}; "
+            "name the layers to train"
+        )
 
     network.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -184,21 +199,19 @@ def export(network, folder, facts):
 
     diffusers reads it by pipe.load_lora_weights(folder). alpha / r is folded into B, so the file
     means W + B A. facts {name: anything} becomes its metadata, as text. Raises ValueError for a
-    network without a LoRA, or of a class that is not in PREFIX.
+    network without a LoRA.
     """
     kind = type(network).__name__
     layers = lora_layers(network)
-    if not layers or kind not in PREFIX:
-        raise ValueError(
-            f"a {kind} with {len(layers)} LoRA layers cannot be exported; "
-            f"known: {', '.join(PREFIX)}"
-        )
+    if not layers:
+        raise ValueError(f"a {kind} without a LoRA cannot be exported as one")
+    prefix = PREFIX.get(kind, "")
     tensors = {}
     for name, layer in layers.items():
         down = layer.lora_A.weight.detach().float()
         up = layer.lora_B.weight.detach().float() * layer.lora_scale
-        tensors[f"{PREFIX[kind]}{name}.lora_A.weight"] = down.cpu().contiguous()
-        tensors[f"{PREFIX[kind]}{name}.lora_B.weight"] = up.cpu().contiguous()
+        tensors[f"{prefix}{name}.lora_A.weight"] = down.cpu().contiguous()
+        tensors[f"{prefix}{name}.lora_B.weight"] = up.cpu().contiguous()
     metadata = {key: str(value) for key, value in facts.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder) / "pytorch_lora_weights.safetensors", metadata)

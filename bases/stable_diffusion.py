@@ -132,12 +132,9 @@ class StableDiffusion3(Generator):
         clip = pad(clip, (0, t5.shape[2] - clip.shape[2]))
         return torch.cat([clip, t5], 1), pooled
 
-    def decode(self, latents):
-        if self.vae:
-            return super().decode(latents)
-        return ((latents + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
-
     def picture(self, latents):
+        if not self.vae:
+            return (latents + 1) / 2
         config = self.vae.config
         latents = latents / config.scaling_factor + (config.shift_factor or 0)
         return self.vae.decode(latents, return_dict=False)[0] / 2 + 0.5

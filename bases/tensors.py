@@ -2,11 +2,11 @@
 
 A merge asks only for a mapping name -> tensor, so a checkpoint is one of
     Weights    safetensors files as they are
+    Held       a network's tensors in memory, where its file is of another kind
     LoraFile   W + alpha / r B A, from a file of A and B
     Over       either of them, over the base that it changes
-Nothing is in memory but the tensor that was asked for. A snapshot carries the fingerprint of its
-base, so that it is never merged into another.
-Left out on purpose: files that are not safetensors (edm2_pickle and sit read theirs).
+But for Held, nothing is in memory but the tensor that was asked for. A snapshot carries the
+fingerprint of its base, so that it is never merged into another.
 """
 
 import hashlib
@@ -59,6 +59,40 @@ class Weights(Mapping):
 
     def __len__(self):
         return len(self.files)
+
+
+class Held(Mapping):
+    """The tensors of a network, in memory: {name: tensor} with the interface of Weights."""
+
+    def __init__(self, state):
+        self.state = state
+        self.facts = {}
+
+    def __getitem__(self, name):
+        return self.state[name]
+
+    def shape(self, name):
+        """The shape of a tensor."""
+        return tuple(self.state[name].shape)
+
+    def __iter__(self):
+        return iter(sorted(self.state))
+
+    def __len__(self):
+        return len(self.state)
+
+
+def open_weights(name, network=None):
+    """The tensors of a model's network by name -> Weights, or Held if no safetensors hold them.
+
+    name: as for bases.load. network: the model's own, if it is loaded already.
+    """
+    paths = network_files(name)
+    if paths:
+        return Weights(paths)
+    if network is None:
+        network = bases.load(name).network
+    return Held(network.state_dict())
 
 
 class Over(Mapping):
@@ -139,23 +173,28 @@ def fingerprint(weights):
     digest.update(json.dumps([(name, weights.shape(name)) for name in names]).encode())
     step = max(1, len(names) // 30)
     for name in names[::step]:
-        digest.update(weights[name].float().numpy().tobytes())
+        digest.update(weights[name].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def save_snapshots(out, iteration, trained, averages, base, keep):
+def base_facts(name, network):
+    """What a snapshot says of its base: the name, and the fingerprint of its weights.
+
+    network: the base's own, before anything has changed it.
+    """
+    return {"base": str(name), "fingerprint": fingerprint(open_weights(name, network))}
+
+
+def save_snapshots(out, iteration, trained, averages, facts, keep):
     """Writes the trained weights and their averages {length: {name: tensor}} to out/snapshots/.
 
     NNNNN.safetensors and NNNNN-0.050.safetensors, ...; only the last `keep` iterations stay.
-    Collective: call on every process.
+    facts: those of the base. Collective: call on every process.
     """
     folder = Path(out) / "snapshots"
-    facts = {}
+    facts = facts | {"iteration": str(iteration)}
     if processes.rank() == 0:
         folder.mkdir(exist_ok=True)
-        facts["base"] = str(base)
-        facts["fingerprint"] = fingerprint(Weights(network_files(base)))
-        facts["iteration"] = str(iteration)
 
     save_snapshot(folder / f"{iteration:05d}.safetensors", trained, facts | {"sigma_rel": ""})
     for length, average in averages.items():
@@ -188,48 +227,54 @@ def iteration_of(path):
 
 
 def open_checkpoints(paths, model=""):
-    """Checkpoints of one base -> its folder, and a mapping of each over the same names, with facts.
+    """Checkpoints of one base -> its name, and a mapping of each over the same names, with facts.
 
-    paths: model folders, snapshots or LoRA files. model: the base (default: what they name).
+    paths: models, snapshots or LoRA files. model: the base (default: what they name).
     Raises ValueError naming what does not fit.
     """
-    folder = model or named_base(paths)
-    bases.check(folder)
-    base = Weights(network_files(folder))
-    opened = [open_checkpoint(path, base, folder) for path in paths]
-    check_fingerprints(paths, opened, base, folder)
+    name = model or named_base(paths)
+    bases.check(name)
+    base = open_weights(name)
+    opened = [open_checkpoint(path, base, name) for path in paths]
+    check_fingerprints(paths, opened, base, name)
     for path, weights in zip(paths, opened):
-        check_tensors(path, weights, base, folder)
+        check_tensors(path, weights, base, name)
 
     names = sorted(set().union(*opened))
     views = []
     for path, weights in zip(paths, opened):
         facts = facts_of(path, weights)
         views.append(Over(weights, base, names, facts))
-    return Path(folder), views
+    return name, views
+
+
+def is_model(path):
+    """Whether a checkpoint is a whole model: a folder, or a name with a prefix."""
+    return Path(path).is_dir() or (":" in path and not Path(path).exists())
 
 
 def named_base(paths):
     """The base that the checkpoints name, or the first of them that is a whole model."""
     for path in paths:
-        if not Path(path).is_dir():
+        if not is_model(path):
             facts = Weights([path]).facts
             if "base" in facts:
                 return facts["base"]
     for path in paths:
-        if Path(path).is_dir():
+        if is_model(path):
             return path
     raise ValueError(f"{paths[0]}: does not say what its base is; name it with --model FOLDER")
 
 
 def open_checkpoint(path, base, folder):
-    """One checkpoint -> Weights or LoraFile."""
-    if not Path(path).is_dir():
+    """One checkpoint -> Weights, Held or LoraFile. folder: what the base is called."""
+    if not is_model(path):
         weights = Weights([path])
         if any(name.endswith(".lora_A.weight") for name in weights):
             return LoraFile(weights, base)
         return weights
-    weights = Weights(network_files(bases.check(path)))
+    bases.check(path)
+    weights = open_weights(path)
     in_one_only = sorted(set(weights) ^ set(base))
     if in_one_only:
         raise ValueError(f"{path}: {in_one_only[0]} is in only one of it and the base {folder}")

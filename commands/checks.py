@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import bases
-from bases.files import BESIDE, OWN, PIPELINES, locate, network_files
+from bases.files import PIPELINES, copied_folders, locate
 from bases.tensors import open_checkpoints
 from commands.compare import grid_files, open_runs
 from commands.picture_sets import choose, open_pictures, parts_of, read_sidecar, settings, sidecar
@@ -162,11 +162,7 @@ def check_device(args):
 
 def check_out(out, model):
     """--out lies in nothing that is copied from the base. (It would be copied into itself.)"""
-    kind, folder, *_ = locate(model)
-    copied = [folder]
-    if kind in OWN:
-        copied = [folder / name for name in BESIDE]
-    for path in copied:
+    for path in copied_folders(model):
         need(
             not Path(out).resolve().is_relative_to(path.resolve()),
             f"--out {out}: lies in {path}, which is copied when the model is saved; "
@@ -195,11 +191,11 @@ def check_sampling(model, kernel="cps", **steps):
 
 def check_guide(args):
     """A network that guides another is asked for something."""
-    *_, file, guide = locate(args.model)
+    location = locate(args.model)
     need(
-        not guide or args.guidance != 1,
-        f"--guidance 1: leaves the guide {guide} without work; "
-        f"raise it, or give --model edm2:{file} alone",
+        not location.guide or args.guidance != 1,
+        f"--guidance 1: leaves the guide {location.guide} without work; "
+        f"raise it, or give --model edm2:{location.file} alone",
     )
 
 
@@ -248,8 +244,6 @@ def check(args, default):
     check_shard(args, process_count())
     compiling.check_sizes(args, process_count(), stochastic_steps(args))
     check_guide(args)
-    if args.snapshot_every:
-        network_files(args.model)  # a snapshot names its base by the numbers in them
     check_reward(args.reward, folder)
     check_networks(args, changed, folder)
     args, prompts, eval_prompts = check_prompts(args, folder)
@@ -463,7 +457,7 @@ def plan(args, prompts):
 
 
 def check_merge(args, default):
-    """Checks merge.py's flags -> args, base folder, checkpoints, prompts, evaluation prompts.
+    """Checks merge.py's flags -> args, the base's name, checkpoints, prompts, evaluation prompts.
 
     default: the flags as they are when none is given. Raises ValueError.
     """
@@ -490,7 +484,7 @@ def check_merge(args, default):
         need(args.checkpoints.count(path) == 1, f"{path}: is given twice; once is enough")
 
     base, views = open_checkpoints(args.checkpoints, args.model)
-    args = dataclasses.replace(args, model=str(base))
+    args = dataclasses.replace(args, model=base)
     folder = bases.check(base)
     check_sampling(base, steps=args.steps)
     check_out(args.out, base)

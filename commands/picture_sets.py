@@ -32,7 +32,7 @@ from support import files, flags, processes
 EVAL_STREAM = 2  # keeps the evaluation's noise apart from the training's
 
 # Files that mark a model folder, which may also hold pictures.
-MODEL_FILES = ("model_index.json", "sit.safetensors", "edm2.safetensors")
+MODEL_FILES = ("model_index.json", "sit.safetensors", "edm2.safetensors", "generator.json")
 
 # Shapes: N pictures of P prompts, n of each, in this order; B pictures of one forward.
 
@@ -115,12 +115,8 @@ def settings(args):
 
 def digests(args, prompts):
     """Digests of what these flags name: the files of the network and of its guide, the prompts."""
-    *_, file, guide = base_files.locate(args.model)
-    paths = [file] if file else list(base_files.network_files(args.model))
-    if guide:
-        paths.append(guide)
     network = hashlib.sha256()
-    for path in paths:
+    for path in base_files.files_of(args.model):
         with open(path, "rb") as opened:
             network.update(hashlib.file_digest(opened, "sha256").digest())
     texts = json.dumps([prompt.text for prompt in prompts])

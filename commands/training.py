@@ -14,7 +14,7 @@ from tqdm import tqdm
 import bases
 from bases.generator import Generator
 from bases.lora import add_lora, export
-from bases.tensors import save_snapshots
+from bases.tensors import base_facts, save_snapshots
 from rewards import Reward
 from rewards.features import load_features
 from rewards.targets import ReferenceSet, open_reference_set
@@ -39,6 +39,7 @@ class Setup:
     reward: Reward
     diversity_features: Callable | None  # None: distances between latents
     reference_set: ReferenceSet | None  # None: no distribution-wise reward
+    base_facts: dict  # what a snapshot says of its base, on the first process
 
 
 def open_setup(args, prompts, eval_prompts, device):
@@ -47,9 +48,13 @@ def open_setup(args, prompts, eval_prompts, device):
         model = bases.load(
             args.model, device, args.precision, args.checkpointing, args.decode_batch, args.compile
         )
+        check_loaded(args, model)
         texts = [prompt.text for prompt in prompts + eval_prompts]
         model.forget_text_encoders([*texts, ""])
-        trained = choose_trained(args, model.network)
+        facts = {}
+        if args.snapshot_every and processes.rank() == 0:
+            facts = base_facts(args.model, model.network)
+        trained = choose_trained(args, model)
         if args.compile:
             compiling.check_gradients(model, model.encode(texts[:1]), trained.values())
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
@@ -60,6 +65,7 @@ def open_setup(args, prompts, eval_prompts, device):
         if reward.distribution:
             reference_set = empty_reference_set(args, model, reward.distribution)
         null_prompt = model.encode([""])
+        policy = policy_of(args, model)
 
     frozen_model = model.frozen() if args.kl and not args.lora else None
     if args.shard:
@@ -70,7 +76,7 @@ def open_setup(args, prompts, eval_prompts, device):
     return Setup(
         model=model,
         frozen_model=frozen_model,
-        policy=policy_of(args, model),
+        policy=policy,
         trained=trained,
         optimizer=torch.optim.AdamW(
             trained.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0
@@ -81,7 +87,26 @@ def open_setup(args, prompts, eval_prompts, device):
         reward=reward,
         diversity_features=diversity_features,
         reference_set=reference_set,
+        base_facts=facts,
     )
+
+
+def check_loaded(args, model):
+    """What only a loaded network can tell. Raises ValueError, in one line."""
+    for steps in (args.steps, args.eval_steps):
+        model.path.times(steps)
+    is_flow = abs(float(model.path.alpha(0.5) + model.path.sigma(0.5)) - 1) < 1e-6
+    if args.kernel == "flow-grpo" and not is_flow:
+        raise ValueError(
+            f"--kernel flow-grpo: is defined for flows, and {args.model} is none; "
+            "take ancestral or cps"
+        )
+    has_scalars = any(parameter.dim() == 0 for parameter in model.network.parameters())
+    if args.shard and has_scalars:
+        raise ValueError(
+            f"--shard: torch deals no weight that is one number, and {args.model} has some; "
+            "leave it out"
+        )
 
 
 def policy_of(args, model):
@@ -91,12 +116,13 @@ def policy_of(args, model):
     return Policy(model.path, times, range(first, end), args.eta, args.kernel, args.guidance)
 
 
-def choose_trained(args, network):
+def choose_trained(args, model):
     """Switches on the gradients of what learns -> {name: parameter}."""
+    network = model.network
     if args.lora:
-        return add_lora(network, args.lora, args.lora, seed=args.seed)
+        return add_lora(network, args.lora, args.lora, model.lora_targets(), args.seed)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(args.train == "all" or "attn" in name)
+        parameter.requires_grad_(args.train == "all" or model.trained(name))
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
@@ -171,7 +197,7 @@ class Run:
                 iteration,
                 setup.trained,
                 setup.averages.snapshots(),
-                args.model,
+                setup.base_facts,
                 args.keep_snapshots,
             )
 

@@ -175,7 +175,7 @@ def open_bench(base, folder, options, device, compile=False):
     """Loads the base at `folder`; its name `base` says how large it is."""
     args = training_flags(base, options, compile)
     model = bases.load(folder, device, args.precision, compile=compile)
-    trained = choose_trained(args, model.network)
+    trained = choose_trained(args, model)
     prompts = [Prompt(text) for text in TEXTS]
     if (folder / "prompts.jsonl").is_file():
         prompts = read_prompts(folder / "prompts.jsonl")
@@ -202,6 +202,7 @@ def open_bench(base, folder, options, device, compile=False):
         reward=Reward(args.reward, model.folder, device, args.batch),
         diversity_features=diversity_features,
         reference_set=None,
+        base_facts={},
     )
     drawn = draw_prompts(len(prompts), args.prompts_per_step, 0, 0)
     return Bench(args, setup, drawn.repeat(args.group_size), encoder)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+LISTS = (nn.ModuleList, nn.ModuleDict)
+
 
 def shard(network):
     """Distributes the weights of a network over the processes, in place, block by block.
@@ -47,11 +49,19 @@ def blocks(module):
     """
     entries = []
     for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            entries += child.children()
+        if isinstance(child, LISTS):
+            entries += flat(child)
         else:
             entries += blocks(child)
     return [entry for entry in entries if next(entry.parameters(), None) is not None]
+
+
+def flat(modules):
+    """The entries of a list of modules, and those of lists within it: a list has no forward."""
+    entries = []
+    for entry in modules.children():
+        entries += flat(entry) if isinstance(entry, LISTS) else [entry]
+    return entries
 
 
 def is_piece(tensor):

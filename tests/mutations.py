@@ -234,7 +234,7 @@ BUGS = [
         "frozen weights learn",
         "commands/training.py",
         "choose_trained",
-        'args.train == "all" or "attn" in name',
+        'args.train == "all" or model.trained(name)',
         "True",
         "tests/runs/test_train_loop.py -k only_attention",
     ),

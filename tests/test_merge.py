@@ -424,7 +424,8 @@ def snapshots(tiny, tmp_path_factory):
             for parameter in trained.values():
                 parameter.add_(0.03 * torch.randn_like(parameter))
         kept.update(iteration)
-        tensors.save_snapshots(out, iteration, trained, kept.snapshots(), str(tiny), keep=3)
+        facts = tensors.base_facts(tiny, None)
+        tensors.save_snapshots(out, iteration, trained, kept.snapshots(), facts, keep=3)
     return out / "snapshots"
 
 

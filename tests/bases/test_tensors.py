@@ -149,7 +149,9 @@ def test_snapshots_roll(tiny, tmp_path):
     averages = {0.05: {"w": torch.zeros(2)}, 0.1: {"w": torch.full((2,), 0.5)}}
     # The last iteration has more digits than the names are padded to.
     for iteration in (9, 99998, 99999, 100000):
-        tensors.save_snapshots(tmp_path, iteration, trained, averages, str(tiny), keep=2)
+        tensors.save_snapshots(
+            tmp_path, iteration, trained, averages, tensors.base_facts(tiny, None), keep=2
+        )
     saved = {path.name: tensors.Weights([path]) for path in (tmp_path / "snapshots").iterdir()}
     expected = set()
     for iteration in (99999, 100000):
@@ -174,7 +176,7 @@ def test_a_half_written_snapshot_does_no_harm(tiny, tmp_path):
     folder.mkdir()
     (folder / ".tmp-00003-0.050.safetensors").write_bytes(b"half")
     for iteration in (1, 2):
-        tensors.save_snapshots(tmp_path, iteration, {"w": torch.ones(1)}, {}, str(tiny), keep=1)
+        tensors.save_snapshots(tmp_path, iteration, {"w": torch.ones(1)}, {}, {}, keep=1)
     names = [path.name for path in folder.glob("[0-9]*")]
     assert names == ["00002.safetensors"]
 
@@ -195,7 +197,7 @@ def run(tiny, tmp_path_factory):
     model.save(out / "model")
     trained = dict(model.network.named_parameters())
     average = {name: value + 1 for name, value in trained.items()}
-    tensors.save_snapshots(out, 3, trained, {0.05: average}, str(tiny), keep=1)
+    tensors.save_snapshots(out, 3, trained, {0.05: average}, tensors.base_facts(tiny, None), keep=1)
     return out
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import bases
 import train
+from bases.generator import Generator
 from commands import checks, training
 from sampling import EDM, FLOW
 from support import files, flags
@@ -30,6 +31,13 @@ def small_network():
     return network
 
 
+def small_model():
+    """A generator of that network."""
+    model = Generator(".", "cpu", "float32", 8)
+    model.network = small_network()
+    return model
+
+
 ATTENTION = {"attn.to_q.weight", "attn.to_q.bias", "attn.norm.weight", "attn.norm.bias"}
 
 
@@ -43,9 +51,10 @@ ATTENTION = {"attn.to_q.weight", "attn.to_q.bias", "attn.norm.weight", "attn.nor
     ids=["attention", "all", "lora"],
 )
 def test_what_is_chosen_learns_and_nothing_else(args, names):
-    network = small_network()
+    model = small_model()
+    network = model.network
     network.attn["to_q"].requires_grad_(False)  # as a loaded network may be
-    trained = training.choose_trained(args, network)
+    trained = training.choose_trained(args, model)
     assert trained.keys() == names
     for name, parameter in network.named_parameters():
         assert parameter.requires_grad == (name in names)
@@ -55,9 +64,9 @@ def test_what_is_chosen_learns_and_nothing_else(args, names):
 def test_a_lora_has_its_rank_as_alpha_and_is_a_function_of_the_seed():
     starts = []
     for seed in (0, 0, 1):
-        network = small_network()
-        trained = training.choose_trained(train.Args(lora=2, seed=seed), network)
-        assert network.attn["to_q"].lora_scale == 1
+        model = small_model()
+        trained = training.choose_trained(train.Args(lora=2, seed=seed), model)
+        assert model.network.attn["to_q"].lora_scale == 1
         starts.append(trained["attn.to_q.lora_A.weight"])
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
@@ -159,6 +168,7 @@ def open_run(out, value=0.0, **changes):
     network = Dot(value)
     trained = dict(network.named_parameters())
     setup = SimpleNamespace(
+        base_facts={"base": "base"},
         model=SimpleNamespace(network=network),
         trained=trained,
         optimizer=torch.optim.AdamW(trained.values(), lr=0.1),
@@ -240,9 +250,11 @@ def written(monkeypatch):
     def save_model(folder, model):
         rows.append((folder.name, model.network.weight.item()))
 
-    def save_snapshots(out, iteration, trained, averages, base, keep):
+    def save_snapshots(out, iteration, trained, averages, facts, keep):
         values = [average["weight"].item() for average in averages.values()]
-        rows.append((f"snapshot {iteration}", trained["weight"].item(), *values, base, keep))
+        rows.append(
+            (f"snapshot {iteration}", trained["weight"].item(), *values, facts["base"], keep)
+        )
 
     def export(network, folder, facts):
         rows.append((network.weight.item(), facts))

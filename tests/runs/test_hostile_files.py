@@ -134,7 +134,8 @@ def good(tiny, tmp_path_factory):
     weights = tensors.Weights(network_files(tiny))
     trained = {name: weights[name] for name in weights if "attn" in name}
     for iteration in (1, 2):
-        tensors.save_snapshots(out, iteration, trained, {}, tiny, keep=2)
+        facts = tensors.base_facts(tiny, None)
+        tensors.save_snapshots(out, iteration, trained, {}, facts, keep=2)
     one, two = sorted((out / "snapshots").iterdir())
     return {"tiny": tiny, "one": one, "two": two}
 
