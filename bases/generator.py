@@ -95,7 +95,7 @@ def _tokens(tokenizer, texts, length, device):
     return tokens.input_ids.to(device)
 
 
-def _from_velocity(x_t, t, v):
+def from_velocity(x_t, t, v):
     """v = eps - x_0 on the path x_t = (1 - t) x_0 + t eps -> x0_hat, eps_hat; t [B]."""
     t = t.reshape(-1, *[1] * (x_t.dim() - 1))
     return x_t - t * v, x_t + (1 - t) * v

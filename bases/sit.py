@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bases.files import class_ids, class_names, stated_heads
-from bases.generator import Generator, _from_velocity, _libraries, _part
+from bases.generator import Generator, from_velocity, _libraries, _part
 from sampling import Flow
 
 # The published sizes: hidden size, depth, heads.
@@ -397,7 +397,7 @@ class SiTGenerator(Generator):
     def __call__(self, x_t, t, prompt):
         with self.autocast():
             v = -self.network(x_t, 1 - t, prompt[0])
-        return _from_velocity(x_t, t, v.float())
+        return from_velocity(x_t, t, v.float())
 
     def embed(self, texts):
         labels = class_ids(self.folder, self.names, texts, self.network.num_classes)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from bases.files import named_parts
-from bases.generator import Generator, _from_velocity, _libraries, _part, _tokens
+from bases.generator import Generator, from_velocity, _libraries, _part, _tokens
 from sampling import VP, Flow
 from support.files import read_json
 
@@ -110,7 +110,7 @@ class StableDiffusion3(Generator):
                 pooled_projections=pooled,
                 return_dict=False,
             )[0]
-        return _from_velocity(x_t, t, v.float())
+        return from_velocity(x_t, t, v.float())
 
     def embed(self, texts):
         """-> token embeddings [B, L, D], pooled embedding [B, D']."""
