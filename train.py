@@ -26,6 +26,7 @@ import dist_reward
 import eval as evaluation
 from bases.lora import lora_off
 from commands.checks import check, plan
+from commands.model_checks import check_generator
 from commands.training import Run, open_setup
 from prompting import draw_prompts, noised_prompt
 from sampling import Trajectory, concentrated_subset, log_prob, rollout, seeded_noise
@@ -59,6 +60,8 @@ class Args:
     """off: plain GRPO, that is --select all --prompt_noise 0 --diversity 0"""
     dry_run: bool = False
     """print configuration and sizes, and stop"""
+    check: bool = False
+    """check the generator of --model, for one of your own, print a line a check, and stop"""
 
     # rollouts
     prompts_per_step: int = 10
@@ -566,6 +569,8 @@ def train(args, prompts, eval_prompts, interrupt):
 def main(argv=None):
     """The command: checks everything, trains, and prints the table of before and after."""
     args = flags.parse_args(Args, __doc__, argv)
+    if args.check:
+        raise SystemExit(check_generator(args))
     try:
         args, prompts, eval_prompts = check(args, Args())
     except ValueError as error:

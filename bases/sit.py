@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bases.files import class_ids, class_names, stated_heads
-from bases.generator import Generator, from_velocity, _libraries, _part
+from bases.generator import Generator, _libraries, _part, from_velocity
 from sampling import Flow
 
 # The published sizes: hidden size, depth, heads.

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from bases.files import named_parts
-from bases.generator import Generator, from_velocity, _libraries, _part, _tokens
+from bases.generator import Generator, _libraries, _part, _tokens, from_velocity
 from sampling import VP, Flow
 from support.files import read_json
 

@@ -106,6 +106,8 @@ EVAL_LIMITS = {
     "resamples": (10, math.inf),
 }
 
+FREE = ("out", "dry_run", "check")  # flags that no number of a run depends on
+
 # A flag on the left means nothing where the flag on its right is 0.
 NEEDS = {
     "tau1": "prompt_noise",
@@ -226,7 +228,7 @@ def check(args, default):
     """
     changed = {}
     for name, value in vars(args).items():
-        if name not in ("out", "dry_run") and value != getattr(default, name):
+        if name not in FREE and value != getattr(default, name):
             changed[name] = value
     check_contradictions(args, changed)
     args = dataclasses.replace(args, out=args.out or files.run_name(changed))
@@ -248,7 +250,7 @@ def check(args, default):
     check_networks(args, changed, folder)
     args, prompts, eval_prompts = check_prompts(args, folder)
     check_out(args.out, args.model)
-    files.open_run(args.out, vars(args), free=("out", "dry_run"))
+    files.open_run(args.out, vars(args), FREE)
     return args, prompts, eval_prompts
 
 
