@@ -147,9 +147,12 @@ def noised_prompt(prompt, noise, scale, tau1, tau2, psi=1.0):
     """-> condition(rows, u): the prompts that the rollouts `rows` see when the fraction u is left.
 
     prompt and noise are tuples of embeddings [B, ...]. The one noise of a rollout is held here, so
-    that the update sees what the rollout saw. scale 0: the clean prompts. An entry of integers (a
-    mask of padding) takes no noise.
+    that the update sees what the rollout saw. scale 0: the clean prompts. An entry of integers is a
+    mask of tokens [B, L]: it takes no noise, and no token that it hides does.
     """
+    masks = [entry for entry in prompt if not entry.is_floating_point()]
+    if masks:
+        noise = [masked(drawn, masks[0]) for drawn in noise]
 
     def clean(rows, u):
         return tuple(embedding[rows] for embedding in prompt)
@@ -164,3 +167,11 @@ def noised_prompt(prompt, noise, scale, tau1, tau2, psi=1.0):
         return tuple(embeddings)
 
     return noised if scale else clean
+
+
+def masked(noise, mask):
+    """Noise [B, L, ...] without that of the tokens at which mask [B, L] is 0."""
+    if noise.shape[:2] != mask.shape:  # of another entry, a pooled one
+        return noise
+    ones = [1] * (noise.dim() - 2)
+    return noise * mask.reshape(*mask.shape, *ones)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from bases import edm2, plug, sit
+from bases.dit import DiT
 from bases.edm2 import EDM2Generator
 from bases.files import (
     PIPELINES,
@@ -21,16 +22,23 @@ from bases.files import (
     locate,
     stated_heads,
 )
+from bases.flux import Flux
 from bases.generator import attention_kernel
+from bases.qwen_image import QwenImage
 from bases.sit import SiTGenerator
 from bases.stable_diffusion import StableDiffusion, StableDiffusion3
+from bases.stable_diffusion_xl import StableDiffusionXL
 from support.compiling import compile_network, recompute_context
 from support.sharding import blocks
 
 # The class of each pipeline of diffusers.
 CLASSES = {
     "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "QwenImagePipeline": QwenImage,
+    "DiTPipeline": DiT,
 }
 
 

@@ -517,7 +517,7 @@ class EDM2Generator(Generator):
         return self.predict(self.guide_network, x_t, t, embedding)
 
     def embed(self, texts):
-        ids = class_ids(self.folder, self.names, texts, self.network.label_dim)
+        ids = class_ids(self.folder / "classes.txt", self.names, texts, self.network.label_dim)
         ids = torch.tensor(ids, device=self.device)
         # The null label has the number label_dim; without the last column it is zeros.
         labels = one_hot(ids, self.network.label_dim + 1)[:, :-1].float()

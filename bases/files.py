@@ -53,9 +53,26 @@ EULER = {
     "invert_sigmas": (False,),
 }
 
+# The noise levels of Euler's scheduler are then those of DDIM's.
+LEADING_EULER = LEADING | {
+    "interpolation_type": ("linear",),
+    "final_sigmas_type": ("zero",),
+    "timestep_type": ("discrete",),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "rescale_betas_zero_snr": (False,),
+}
+# With a shift that may follow the size.
+SHIFTING_EULER = EULER | {"use_dynamic_shifting": (False, True, None)}
+
 PIPELINES = {
     "StableDiffusionPipeline": Pipeline("unet", ("",), LEADING),
+    "StableDiffusionXLPipeline": Pipeline("unet", ("", "_2"), LEADING_EULER),
     "StableDiffusion3Pipeline": Pipeline("transformer", ("",), EULER, is_flow=True, has_vae=False),
+    "FluxPipeline": Pipeline("transformer", ("", "_2"), SHIFTING_EULER, is_flow=True, patch=2),
+    "QwenImagePipeline": Pipeline("transformer", ("",), SHIFTING_EULER, is_flow=True, patch=2),
+    "DiTPipeline": Pipeline("transformer", (), LEADING, doubles=True),
 }
 
 # The kinds whose network no library holds: sit.py, edm2.py.
@@ -409,6 +426,18 @@ def _check_scheduler(folder, pipeline):
             raise ValueError(f"{key} {value!r} in {file}: must be a positive number")
 
 
+def packed_side(vae):
+    """The side of a latent whose tokens are squares of 2 x 2; vae: the config of the VAE.
+
+    sample_size is that of a picture. Qwen-Image states none: its pictures have 1,024 pixels.
+    """
+    if "block_out_channels" in vae:
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    else:
+        factor = 2 ** len(vae["temperal_downsample"])
+    return 2 * (vae.get("sample_size", 1024) // (2 * factor))
+
+
 def check_channels(channels, vae):
     """Checks a network's channels against the config of its VAE, or None for pixels."""
     if vae is None:
@@ -454,6 +483,14 @@ def class_names(folder, classes):
         raise ValueError(f"{path}: not UTF-8; save it as UTF-8") from None
     if lines and len(lines) != classes:
         raise ValueError(f"{path}: has {len(lines)} lines for {classes} classes; write one a line")
+    return numbers_of_names(lines)
+
+
+def numbers_of_names(lines):
+    """Line i has the names of class i with commas between -> {name in lower case: i}.
+
+    A name of several classes is left out.
+    """
     numbers = {}  # {name: the classes that have it}
     for i, line in enumerate(lines):
         for name in (line, *line.split(",")):
@@ -461,9 +498,8 @@ def class_names(folder, classes):
     return {name: min(found) for name, found in numbers.items() if len(found) == 1}
 
 
-def class_ids(folder, names, texts, classes):
-    """Class numbers as texts, or names from class_names -> integers [B].
-
+def class_ids(file, names, texts, classes):
+    """Class numbers as texts, or names from the file `file` -> integers [B].
     The empty text is the null label, `classes`. Raises ValueError for a text that is no class.
     """
     ids = []
@@ -476,8 +512,7 @@ def class_ids(folder, names, texts, classes):
             number = int(text)
         if not 0 <= number < classes:
             raise ValueError(
-                f"prompt {text!r}: a class is a number from 0 to {classes - 1} "
-                f"or a name of {folder / 'classes.txt'}"
+                f"prompt {text!r}: a class is a number from 0 to {classes - 1} or a name of {file}"
             )
         ids.append(number)
     return ids

@@ -83,6 +83,13 @@ def _read_network(cls, folder, dtype):
     return network
 
 
+def _encoder(folder, suffix, classes, device, dtype):
+    """A pipeline's text encoder, "", _2 or _3 -> (tokenizer, encoder); classes: theirs."""
+    tokenizer_class, encoder_class = classes
+    tokenizer = _part(tokenizer_class, folder / f"tokenizer{suffix}")
+    return tokenizer, _part(encoder_class, folder / f"text_encoder{suffix}", device, dtype)
+
+
 def _tokens(tokenizer, texts, length, device):
     """Token numbers [B, length], padded or cut off at the end."""
     tokens = tokenizer(
@@ -150,6 +157,11 @@ class Generator:
         self.decode_batch = decode_batch
         self.known = {}  # {text: its embeddings, on the CPU}
 
+    @property
+    def encoder_type(self):
+        """The type of the numbers of a text encoder."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
     @functools.cached_property
     def attention_names(self):
         """The names of the parameters of attention; those of all, where there is none."""
@@ -178,6 +190,20 @@ class Generator:
         Without guidance, from x_T [B, ...]. `train.py --check` compares them with ours.
         """
         return None
+
+    def stock_pipeline(self, part):
+        """diffusers' own pipeline of the base's folder, with this network as its `part`."""
+        diffusers, _ = _libraries()
+        parts = {part: self.network, "vae": self.vae}
+        for name, value in read_json(self.folder / "model_index.json").items():
+            is_absent = isinstance(value, list) and not (self.folder / name).is_dir()
+            if is_absent:  # like the safety checker, or the third text encoder
+                parts[name] = None
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            self.folder, local_files_only=True, **parts
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     @contextmanager
     def autocast(self):

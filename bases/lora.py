@@ -34,6 +34,13 @@ TARGETS = (
     "ff.net.2",
     "ff_context.net.0.proj",
     "ff_context.net.2",
+    # FLUX.1: a block that does attention and feed-forward at once
+    "proj_mlp",
+    # Qwen-Image
+    "img_mlp.net.0.proj",
+    "img_mlp.net.2",
+    "txt_mlp.net.0.proj",
+    "txt_mlp.net.2",
     # SiT
     "attn.qkv",
     "attn.proj",
@@ -49,6 +56,8 @@ TARGETS = (
 PREFIX = {
     "UNet2DConditionModel": "unet.",
     "SD3Transformer2DModel": "transformer.",
+    "FluxTransformer2DModel": "transformer.",
+    "QwenImageTransformer2DModel": "transformer.",
     "SiT": "transformer.",
     "EDM2": "unet.",
 }

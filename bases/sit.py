@@ -400,7 +400,7 @@ class SiTGenerator(Generator):
         return from_velocity(x_t, t, v.float())
 
     def embed(self, texts):
-        labels = class_ids(self.folder, self.names, texts, self.network.num_classes)
+        labels = class_ids(self.folder / "classes.txt", self.names, texts, self.network.num_classes)
         labels = torch.tensor(labels, device=self.device)
         return (self.network.embed(labels),)
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from bases.files import named_parts
-from bases.generator import Generator, _libraries, _part, _tokens, from_velocity
+from bases.generator import Generator, _encoder, _libraries, _part, _tokens, from_velocity
 from sampling import VP, Flow
 from support.files import read_json
 
@@ -29,10 +29,8 @@ class StableDiffusion(Generator):
         self.network = _part(diffusers.UNet2DConditionModel, folder / "unet", device)
         self.network.requires_grad_(True)
         self.vae = _part(diffusers.AutoencoderKL, folder / "vae", device)
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        tokenizer = _part(transformers.CLIPTokenizer, folder / "tokenizer")
-        encoder = _part(transformers.CLIPTextModel, folder / "text_encoder", device, dtype)
-        self.encoders = [(tokenizer, encoder)]
+        clip = (transformers.CLIPTokenizer, transformers.CLIPTextModel)
+        self.encoders = [_encoder(folder, "", clip, device, self.encoder_type)]
 
         config = read_json(folder / "scheduler" / "scheduler_config.json")
         scheduler = diffusers.DDIMScheduler.from_config(config)
@@ -44,9 +42,7 @@ class StableDiffusion(Generator):
 
     def __call__(self, x_t, t, prompt):
         with self.autocast():
-            out = self.network(
-                x_t, t.round().long(), encoder_hidden_states=prompt[0], return_dict=False
-            )[0]
+            out = self.network(x_t, t.round().long(), **self.inputs(prompt), return_dict=False)[0]
         out = out.float()
         alpha = self.path.alpha(t).float().reshape(-1, 1, 1, 1)
         sigma = self.path.sigma(t).float().reshape(-1, 1, 1, 1)
@@ -54,11 +50,21 @@ class StableDiffusion(Generator):
             return alpha * x_t - sigma * out, alpha * out + sigma * x_t
         return (x_t - sigma * out) / alpha, out
 
+    def inputs(self, prompt):
+        """What the network takes beside x_t and t, by name."""
+        return {"encoder_hidden_states": prompt[0]}
+
+    def encoder_outputs(self, texts):
+        """What each text encoder makes of the texts."""
+        outputs = []
+        for tokenizer, encoder in self.encoders:
+            tokens = _tokens(tokenizer, texts, tokenizer.model_max_length, self.device)
+            outputs.append(encoder(tokens, output_hidden_states=True))
+        return outputs
+
     def embed(self, texts):
         """-> (token embeddings [B, L, D],)."""
-        tokenizer, encoder = self.encoders[0]
-        tokens = _tokens(tokenizer, texts, tokenizer.model_max_length, self.device)
-        return (encoder(tokens)[0],)
+        return (self.encoder_outputs(texts)[0].last_hidden_state,)
 
     def picture(self, latents):
         latents = latents / self.vae.config.scaling_factor
@@ -66,6 +72,22 @@ class StableDiffusion(Generator):
 
     def save(self, folder, weights=None):
         self.save_pipeline(folder, "unet", weights)
+
+    def stock_sample(self, texts, x_T, steps):
+        diffusers, _ = _libraries()
+        pipeline = self.stock_pipeline("unet")
+        config = pipeline.scheduler.config
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+            config, clip_sample=False, steps_offset=1
+        )
+        output = pipeline(
+            texts,
+            latents=x_T,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            output_type="latent",
+        )
+        return output.images
 
 
 class StableDiffusion3(Generator):
@@ -142,6 +164,18 @@ class StableDiffusion3(Generator):
     def save(self, folder, weights=None):
         self.save_pipeline(folder, "transformer", weights)
 
+    def stock_sample(self, texts, x_T, steps):
+        if not self.vae:
+            return None  # the pipeline needs one
+        output = self.stock_pipeline("transformer")(
+            texts,
+            latents=x_T,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            output_type="latent",
+        )
+        return output.images
+
 
 def _encoders(folder, named, device, precision):
     """Stable Diffusion 3's [(tokenizer, text encoder)]: a CLIP, and those of the others it has."""
@@ -152,9 +186,7 @@ def _encoders(folder, named, device, precision):
     if precision == "bfloat16" and "vae" in named:
         dtype = torch.bfloat16
     encoders = []
-    for suffix, (tokenizer_class, encoder_class) in (("", clip), ("_2", clip), ("_3", t5)):
+    for suffix, classes in (("", clip), ("_2", clip), ("_3", t5)):
         if suffix == "" or f"text_encoder{suffix}" in named:
-            tokenizer = _part(tokenizer_class, folder / f"tokenizer{suffix}")
-            encoder = _part(encoder_class, folder / f"text_encoder{suffix}", device, dtype)
-            encoders.append((tokenizer, encoder))
+            encoders.append(_encoder(folder, suffix, classes, device, dtype))
     return encoders

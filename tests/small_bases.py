@@ -11,15 +11,29 @@ import torch
 import transformers
 from conftest import ROOT
 from safetensors.torch import save_file
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bases import edm2, sit
 from sampling import sample
 
 # sd2 predicts velocities; without a T5 zeros stand in for its tokens; tiny has no VAE.
-FAMILIES = ["tiny", "sd1", "sd2", "sd3", "sd3-without-t5", "sit", "edm2"]
+FAMILIES = [
+    "tiny",
+    "sd1",
+    "sd2",
+    "sdxl",
+    "sd3",
+    "sd3-without-t5",
+    "flux",
+    "flux-schnell",
+    "qwen-image",
+    "dit",
+    "sit",
+    "edm2",
+]
 
 # One of each class of generator, and tiny.
-KINDS = ["tiny", "sd1", "sd3", "sit", "edm2"]
+KINDS = ["tiny", "sd1", "sdxl", "sd3", "flux", "qwen-image", "dit", "sit", "edm2"]
 
 TEXTS = ["a dark coat", "photo of a bag"]
 CLASSES = ["tench, Tinca tinca", "goldfish", "crane", "drake", "crane, machine"]
@@ -114,6 +128,159 @@ def build_sd(folder, prediction="epsilon", scheduler_class=diffusers.DDIMSchedul
     pipeline.save_pretrained(folder)
 
 
+def build_sdxl(folder):
+    """Stable Diffusion XL, with the stock scheduler, Euler's."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        attention_head_dim=(2, 4),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8 + 6 * 4,
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    tokenizer, encoder = build_clip(transformers.CLIPTextModel)
+    tokenizer_2, encoder_2 = build_clip(transformers.CLIPTextModelWithProjection, 8, 3)
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=build_vae(scaling_factor=0.13025),
+        text_encoder=encoder,
+        text_encoder_2=encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=shaken(unet, 0.05),
+        scheduler=scheduler,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def build_flux(folder, is_dev=True):
+    """FLUX.1: dev takes guidance as an input, and its times shift with the size."""
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        pooled_projection_dim=16,
+        guidance_embeds=is_dev,
+        axes_dims_rope=(2, 2, 4),
+    )
+    tokenizer, encoder = build_clip(transformers.CLIPTextModel)
+    tokenizer_2, encoder_2 = build_t5()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=3.0 if is_dev else 1.0, use_dynamic_shifting=is_dev
+    )
+    pipeline = diffusers.FluxPipeline(
+        transformer=shaken(transformer),
+        scheduler=scheduler,
+        vae=build_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def build_qwen_encoder():
+    """-> tokenizer, text encoder: Qwen2.5-VL. A token is a byte."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = [*special, *bytes_to_unicode().values()]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], model_max_length=1024, extra_special_tokens=special[1:]
+    )
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+            "max_position_embeddings": 1024,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+        },
+    )
+    return tokenizer, shaken(transformers.Qwen2_5_VLForConditionalGeneration(config))
+
+
+def build_qwen_image(folder):
+    """Qwen-Image, of pictures of 16 x 16."""
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.1, 0.9],
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02
+    )
+    tokenizer, encoder = build_qwen_encoder()
+    pipeline = diffusers.QwenImagePipeline(
+        transformer=shaken(transformer),
+        scheduler=scheduler,
+        vae=shaken(vae, 0.02),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+    pipeline.save_pretrained(folder)
+    edit_json(folder / "vae" / "config.json", sample_size=16)
+
+
+def build_dit(folder):
+    """DiT. The stock pipeline takes 1,000 for the null label, so there are so many classes."""
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False
+    )
+    vae = build_vae(scaling_factor=0.18215)
+    diffusers.DiTPipeline(shaken(transformer), vae, scheduler).save_pretrained(folder)
+    names = {str(number): name for number, name in enumerate(CLASSES)}
+    edit_json(folder / "model_index.json", id2label=names)
+
+
 def build_sd3(folder, with_t5=True):
     """Stable Diffusion 3, whose scheduler has shift 3."""
     transformer = diffusers.SD3Transformer2DModel(
@@ -176,10 +343,16 @@ def build_bases(folder, tiny):
     build_sd(folder / "sd2", "v_prediction")
     build_sd3(folder / "sd3")
     build_sd3(folder / "sd3-without-t5", with_t5=False)
-    for family in ("sd1", "sd2", "sd3", "sd3-without-t5"):
-        names[family] = str(folder / family)
     names["sit"] = build_sit(folder / "sit")
     names["edm2"] = build_edm2(folder / "edm2")
+    build_sdxl(folder / "sdxl")
+    build_flux(folder / "flux")
+    build_flux(folder / "flux-schnell", is_dev=False)
+    build_qwen_image(folder / "qwen-image")
+    build_dit(folder / "dit")
+    for family in FAMILIES:
+        if family not in names:
+            names[family] = str(folder / family)
     return names
 
 
@@ -194,7 +367,7 @@ def file_of(name):
 
 def prompts_of(family):
     """Three prompts, the last of them the empty one."""
-    if family == "sit":
+    if family in ("sit", "dit"):
         return ["3", "goldfish", ""]
     if family == "edm2":
         return ["0", "drake", ""]
