@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bases import edm2, sit
+from bases.packed import pack, unpack
 from sampling import sample
 
 # sd2 predicts velocities; without a T5 zeros stand in for its tokens; tiny has no VAE.
@@ -214,6 +215,8 @@ def build_qwen_encoder():
             "num_key_value_heads": 2,
             "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
             "max_position_embeddings": 1024,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
         },
         vision_config={
             "depth": 1,
@@ -401,13 +404,22 @@ def stock_pipeline(folder):
 
 def stock_draw(pipeline, model, texts, steps, guidance=1.0, kind="latent"):
     """What the stock pipeline draws from the noise of `draw`: latents, or pictures (kind pt)."""
+    latents = noise(model.shape, len(texts))
+    options = {"guidance_scale": guidance}
+    is_packed = isinstance(pipeline, (diffusers.FluxPipeline, diffusers.QwenImagePipeline))
+    if is_packed:
+        latents = pack(latents)
+        options |= {"height": 16, "width": 16}
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        options["max_sequence_length"] = model.t5_tokens
+    if is_packed and not model.network.config.guidance_embeds:  # guidance by the usual formula
+        del options["guidance_scale"]
+        options |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(texts)}
     output = pipeline(
-        texts,
-        latents=noise(model.shape, len(texts)),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type=kind,
+        texts, latents=latents, num_inference_steps=steps, output_type=kind, **options
     )
+    if is_packed and kind == "latent":
+        return unpack(output.images, model.shape)
     return output.images
 
 

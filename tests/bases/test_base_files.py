@@ -218,7 +218,7 @@ OUTSIDE = json.dumps({"weight_map": {"a": "../vae/diffusion_pytorch_model.safete
 
 BAD = [  # family, what becomes of its folder, what the line must name
     ("sd1", put(INDEX, "[1]"), INDEX),
-    ("sd1", edit(INDEX, _class_name="StableDiffusionXLPipeline"), "holds a StableDiffusionXL"),
+    ("sd1", edit(INDEX, _class_name="SanaPipeline"), "holds a SanaPipeline"),
     ("sd1", edit(INDEX, _class_name=["a"]), "holds a ['a']; known here: StableDiffusionPipeline"),
     ("sd3", edit(INDEX, text_encoder_2=[None, None]), "no text_encoder_2"),
     ("sd3", edit(INDEX, vae=[None, None]), "4 channels, and pixels have 1 or 3"),

@@ -25,9 +25,17 @@ def at_times(path, times):
     return alpha, sigma
 
 
-# Embeddings of classes are made without gradients, and the last block of Stable Diffusion 3 asks
-# nothing of the prompt.
-UNTRAINED = ("y_embedder", "unet.emb_label", "add_q_proj", "norm_added_q")
+# Embeddings of classes are made without gradients, and the last block of Stable Diffusion 3 and of
+# Qwen-Image asks nothing of the prompt.
+UNTRAINED = (
+    "y_embedder",
+    "unet.emb_label",
+    "class_embedder",
+    "add_q_proj",
+    "norm_added_q",
+    "transformer_blocks.1.attn.to_add_out",
+    "transformer_blocks.1.txt_mlp",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

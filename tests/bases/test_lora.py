@@ -243,7 +243,16 @@ def test_bfloat16_runs(names, family):
 
 @needs_peft
 @pytest.mark.parametrize(
-    "family, guidance", [("sd1", 3.0), ("sd2", 1.0), ("sd3", 3.0), ("sd3-without-t5", 1.0)]
+    "family, guidance",
+    [
+        ("sd1", 3.0),
+        ("sd2", 1.0),
+        ("sd3", 3.0),
+        ("sd3-without-t5", 1.0),
+        ("sdxl", 3.0),
+        ("flux", 3.5),
+        ("qwen-image", 3.0),
+    ],
 )
 def test_diffusers_draws_the_same_with_the_exported_file(names, family, guidance, tmp_path):
     model, _ = with_lora(names[family])
@@ -256,7 +265,7 @@ def test_diffusers_draws_the_same_with_the_exported_file(names, family, guidance
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
     assert (expected - base).abs().max() > 1e-2
 
-    part = pipeline.transformer if family.startswith("sd3") else pipeline.unet
+    part = getattr(pipeline, "transformer", None) or pipeline.unet
     changed = [name for name, _ in part.named_parameters() if "lora_A" in name]
     assert len(changed) == len(lora_layers(model.network))
     pipeline.fuse_lora()
@@ -270,7 +279,7 @@ def test_diffusers_draws_the_same_with_the_exported_file(names, family, guidance
         assert torch.allclose(tensor, state[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["sd3", "edm2"])
+@pytest.mark.parametrize("family", ["sd3", "edm2", "dit"])
 def test_merge_reads_the_exported_file(names, family, tmp_path):
     model, _ = with_lora(names[family])
     export(model.network, tmp_path, {"base": "somewhere", "iteration": 3})

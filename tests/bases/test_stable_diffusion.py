@@ -35,6 +35,14 @@ from sampling import FLOW
         ("sd3", 1.0, 10),
         ("sd3", 4.0, 3),
         ("sd3-without-t5", 4.0, 10),
+        ("sdxl", 1.0, 10),
+        ("sdxl", 5.0, 3),
+        ("flux", 1.0, 3),
+        ("flux", 3.5, 10),
+        ("flux-schnell", 1.0, 4),
+        ("flux-schnell", 3.0, 3),
+        ("qwen-image", 1.0, 10),
+        ("qwen-image", 4.0, 3),
     ],
 )
 def test_samples_are_those_of_the_stock_pipeline(names, loaded, family, guidance, steps):

@@ -101,6 +101,11 @@ def check_lora(run, name, before, after):
         pytest.param("sd3", LORA, marks=pytest.mark.slow),
         pytest.param("sd3-without-t5", WHOLE, marks=pytest.mark.slow),
         pytest.param("edm2", LORA, marks=pytest.mark.slow),
+        pytest.param("sdxl", LORA, marks=pytest.mark.slow),
+        pytest.param("flux", LORA, marks=pytest.mark.slow),
+        pytest.param("flux-schnell", WHOLE, marks=pytest.mark.slow),
+        pytest.param("qwen-image", LORA, marks=pytest.mark.slow),
+        pytest.param("dit", LORA, marks=pytest.mark.slow),
     ],
 )
 def test_a_base_trains_and_what_is_saved_draws_the_same(trained, names, family, flags):
@@ -118,7 +123,7 @@ def test_a_base_trains_and_what_is_saved_draws_the_same(trained, names, family, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd1", "sd3"])
+@pytest.mark.parametrize("family", ["sd1", "sd3", "sdxl", "flux", "qwen-image"])
 def test_plain_diffusers_loads_the_lora(trained, names, family):
     pytest.importorskip("peft")
     run = trained(family, LORA)
