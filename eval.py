@@ -67,7 +67,8 @@ class Args:
     n: int = 0
     """pictures, a multiple of the prompts (default: 1000 of a model, all of a folder or .npz)"""
     prompts: str = ""
-    """what is drawn (default: the model folder's eval_prompts.jsonl; of pictures: as when drawn)"""
+    """what is drawn (default: the model folder's eval_prompts.jsonl, or else its prompts.jsonl; of
+    pictures: as when drawn)"""
     seed: int = 0
     """of the pictures' noise, and of the resampling"""
     steps: int = 10
@@ -87,7 +88,7 @@ class Args:
     reward: str = ""
     """rewards to report, as train.py's (default: class, where the folder has its classifier)"""
     features: str = "evaluator"
-    """measured in: evaluator, reward, inception:FILE, dinov2, clip, module:function"""
+    """measured in: evaluator, reward, pixels, inception:FILE, dinov2, clip, module:function"""
     target: str = ""
     """real pictures, folder or idx file, or .npz of moments (default: the model folder's)"""
     resamples: int = 200
@@ -187,7 +188,7 @@ class Evaluator:
 
 
 def alignment(logits, labels):
-    """Logits [B, 10] of the evaluator, labels [B] -> {name: float64 [B]}.
+    """Logits [B, classes] of the evaluator, labels [B] -> {name: float64 [B]}.
 
     log_prob has the floor of the reward `class`: one hopeless picture must not outweigh the others.
     """

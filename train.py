@@ -45,7 +45,8 @@ ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3
 class Args:
     # the run
     model: str = "assets/tiny"
-    """folder or hub id of Stable Diffusion 1, 2, 3 or 3.5; sit:FILE; edm2:FILE; a run's model/"""
+    """a diffusers folder or hub id; sit:FILE; edm2:FILE[,GUIDE]; a run's model/; or a generator of
+    your own, module:Class:PATH"""
     prompts: str = ""
     """prompts to train on, .txt or .jsonl (default: the model folder's prompts.jsonl)"""
     reward: str = "class:1"
@@ -81,7 +82,7 @@ class Args:
 
     # distribution-wise reward, if --reward names fid or kid
     features: str = "reward"
-    """network: reward, evaluator, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"""
+    """reward, evaluator, pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"""
     target: str = ""
     """real pictures: .npz of mu and sigma, folder or idx file (default: the model folder's own)"""
     price: Literal["potential", "exact"] = "potential"
@@ -112,8 +113,9 @@ class Args:
     # DRIFT (iii): diversity shaping
     diversity: float = 0.5
     """weight of the shaped diversity beside the normalised reward (0: off)"""
-    diversity_features: str = "reward"
-    """where distances are measured: latents, or whatever --features takes"""
+    diversity_features: str = ""
+    """where distances are measured: latents, or whatever --features takes (default: reward where
+    the model folder has that classifier, else pixels)"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """distance of two rollouts"""
     nearest: int = 3
@@ -155,11 +157,11 @@ class Args:
 
     # evaluation, saving, machine
     eval_prompts: str = ""
-    """prompts to evaluate on (default: the model folder's eval_prompts.jsonl)"""
+    """prompts to evaluate on (default: the model folder's eval_prompts.jsonl, or else --prompts)"""
     eval_every: int = 10
     """iterations between evaluations"""
     eval_images: int = 640
-    """pictures of an evaluation, over all prompts"""
+    """pictures of an evaluation, over all prompts (the default rises to a multiple of them)"""
     eval_steps: int = 10
     """deterministic sampling steps of an evaluation"""
     eval_seed: int = 0

@@ -22,11 +22,19 @@ import bases
 from bases.files import PIPELINES, copied_folders, locate
 from bases.tensors import open_checkpoints
 from commands.compare import grid_files, open_runs
-from commands.picture_sets import choose, open_pictures, parts_of, read_sidecar, settings, sidecar
+from commands.picture_sets import (
+    choose,
+    open_pictures,
+    own_prompts,
+    parts_of,
+    read_sidecar,
+    settings,
+    sidecar,
+)
 from prompting import read_prompts
 from rewards import DISTRIBUTION, check_labels, check_reward, needs_labels, parse
 from rewards.classifier import check_classifier
-from rewards.features import TINY, check_features
+from rewards.features import ANYWHERE, TINY, check_features
 from rewards.targets import check_judge, check_real, check_target, target_path
 from sampling import VP
 from support import compiling, files
@@ -201,6 +209,38 @@ def check_guide(args):
     )
 
 
+def check_multiple(flag, value, prompts, where, least=1):
+    """A number of pictures is a multiple of the prompts, `least` each or more."""
+    below = max(value - value % prompts, least * prompts)
+    numbers = f"{below}" if below > value else f"{below} or {below + prompts}"
+    need(
+        value % prompts == 0 and value >= least * prompts,
+        f"--{flag} {value}: must be a multiple of the {prompts} prompts of {where}, "
+        f"{least} each at least; take {numbers}",
+    )
+
+
+def risen(value, default, prompts):
+    """A number of pictures; its default rises to the next multiple of at most 320 prompts."""
+    if value != default or prompts > 320:
+        return value
+    return -(-value // prompts) * prompts
+
+
+def label_classes(folder, names):
+    """How many classes the classifiers `names` of a model folder know: labels end below it.
+
+    Raises ValueError where they do not agree.
+    """
+    known = {name: check_classifier(folder / name)["classes"] for name in names}
+    need(
+        len(set(known.values())) == 1,
+        f"{folder}: {' and '.join(f'{name}/ knows {n} classes' for name, n in known.items())}; "
+        "give classifiers of the same classes",
+    )
+    return next(iter(known.values()))
+
+
 def prices_sets(reward):
     """Whether a reward names fid or kid, which price sets of pictures."""
     return any(name in DISTRIBUTION for name in parse(reward))
@@ -242,13 +282,16 @@ def check(args, default):
     check_sizes(args)
     check_device(args)
     folder = bases.check(args.model)
+    if not args.diversity_features:
+        chosen = "reward" if (folder / "reward").is_dir() else "pixels"
+        args = dataclasses.replace(args, diversity_features=chosen)
     check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
     check_shard(args, process_count())
     compiling.check_sizes(args, process_count(), stochastic_steps(args))
     check_guide(args)
     check_reward(args.reward, folder)
     check_networks(args, changed, folder)
-    args, prompts, eval_prompts = check_prompts(args, folder)
+    args, prompts, eval_prompts = check_prompts(args, default, folder)
     check_out(args.out, args.model)
     files.open_run(args.out, vars(args), FREE)
     return args, prompts, eval_prompts
@@ -373,17 +416,24 @@ def check_networks(args, changed, folder):
         )
     used = ["features"] if prices else []
     for flag in [*used, "diversity_features"]:
-        name = getattr(args, flag)
-        need(
-            name not in TINY or (folder / name).is_dir(),
-            f"--{flag} {name}: {folder} holds no such network; give another, as in --{flag} dinov2",
-        )
+        check_there(flag, getattr(args, flag), folder)
     if prices:
         check_distribution(args, folder)
     if args.diversity_features != "latents":
         check_features(args.diversity_features, folder, "diversity_features")
     if (folder / "evaluator").is_dir():
         check_judge(folder / "evaluator")
+
+
+def check_there(flag, name, folder):
+    """A feature network that the model folder holds is there."""
+    choices = ANYWHERE
+    if flag == "diversity_features":
+        choices = f"latents, {ANYWHERE}"
+    need(
+        name not in TINY or (folder / name).is_dir(),
+        f"--{flag} {name}: {folder} holds no such network; give one of {choices}",
+    )
 
 
 def check_distribution(args, folder):
@@ -404,32 +454,34 @@ def check_distribution(args, folder):
     )
 
 
-def check_prompts(args, folder):
+def check_prompts(args, default, folder):
     """-> args with both prompt files named, prompts, evaluation prompts."""
     own = folder / "prompts.jsonl"
     own_eval = folder / "eval_prompts.jsonl"
-    has_judge = (folder / "evaluator").is_dir()  # else rewards and --diversity_features judge
     need(
         args.prompts or own.is_file(),
         f"--prompts: {folder} has no prompts.jsonl; give a file of prompts",
     )
     args = dataclasses.replace(args, prompts=args.prompts or str(own))
     if not args.eval_prompts:
-        chosen = str(own_eval) if own_eval.is_file() or has_judge else args.prompts
+        chosen = str(own_eval) if own_eval.is_file() else args.prompts
         args = dataclasses.replace(args, eval_prompts=chosen)
 
     prompts = read_prompts(args.prompts)
     eval_prompts = read_prompts(args.eval_prompts)
-    if has_judge or needs_labels(args.reward):
-        check_labels(eval_prompts, args.eval_prompts)
+    # Without a judge, rewards and --diversity_features judge.
+    asked = ["evaluator"] if (folder / "evaluator").is_dir() else []
     if needs_labels(args.reward):
-        check_labels(prompts, args.prompts)
+        asked.append("reward")
+    if asked:
+        classes = label_classes(folder, asked)
+        check_labels(eval_prompts, args.eval_prompts, classes)
+    if needs_labels(args.reward):
+        check_labels(prompts, args.prompts, classes)
     count = len(eval_prompts)
-    need(
-        args.eval_images % count == 0 and args.eval_images >= 2 * count,
-        f"--eval_images {args.eval_images}: must be a multiple of the {count} prompts of "
-        f"{args.eval_prompts}, two each at least",
-    )
+    images = risen(args.eval_images, default.eval_images, count)
+    args = dataclasses.replace(args, eval_images=images)
+    check_multiple("eval_images", images, count, args.eval_prompts, least=2)
     return args, prompts, eval_prompts
 
 
@@ -493,7 +545,7 @@ def check_merge(args, default):
     if args.command != "rl":
         check_one_merge(args, views, lengths)
         return args, base, views, [], []
-    args, prompts, eval_prompts = check_search(args, folder)
+    args, prompts, eval_prompts = check_search(args, default, folder)
     files.open_run(args.out, vars(args), free=("out",))
     return args, base, views, prompts, eval_prompts
 
@@ -525,7 +577,7 @@ def check_one_merge(args, views, lengths):
     )
 
 
-def check_search(args, folder):
+def check_search(args, default, folder):
     """merge.py rl -> args with defaults filled in, prompts, evaluation prompts."""
     check_guide(args)
     check_reward(args.reward, folder)
@@ -545,25 +597,33 @@ def check_search(args, folder):
         check_judge(judge, "real-2.npz")
 
     own = folder / "eval_prompts.jsonl"
-    has_own = own.is_file() or judge.is_dir()
+    eval_file = str(own) if own.is_file() else args.prompts
     prompts = read_prompts(args.prompts)
-    eval_prompts = read_prompts(own if has_own else args.prompts)
-    if judge.is_dir() or needs_labels(args.reward):
-        check_labels(eval_prompts, "eval_prompts.jsonl")
+    eval_prompts = read_prompts(eval_file)
+    asked = [judge.name] if judge.is_dir() else []
+    if needs_labels(args.reward) and "reward" not in asked:
+        asked.append("reward")
+    if asked:
+        classes = label_classes(folder, asked)
+        check_labels(eval_prompts, eval_file, classes)
     if needs_labels(args.reward):
-        check_labels(prompts, args.prompts)
-    check_search_sizes(args, len(prompts), len(eval_prompts))
+        check_labels(prompts, args.prompts, classes)
+
+    multiples = {
+        "images": (len(prompts), args.prompts),
+        "reference": (len(prompts), args.prompts),
+        "report_images": (len(eval_prompts), eval_file),
+    }
+    for name, (count, file) in multiples.items():
+        value = risen(getattr(args, name), getattr(default, name), count)
+        args = dataclasses.replace(args, **{name: value})
+        check_multiple(name, value, count, file)
+    check_search_sizes(args)
     return args, prompts, eval_prompts
 
 
-def check_search_sizes(args, prompts, eval_prompts):
-    """Pictures are a multiple of the prompts; a group has mirrored pairs."""
-    multiples = {"images": prompts, "reference": prompts, "report_images": eval_prompts}
-    for name, count in multiples.items():
-        need(
-            getattr(args, name) % count == 0,
-            f"--{name} {getattr(args, name)}: must be a multiple of the {count} prompts",
-        )
+def check_search_sizes(args):
+    """A set is no larger than the reference; a group has mirrored pairs."""
     need(
         args.images <= args.reference,
         f"--images {args.images}: is more than --reference {args.reference}",
@@ -650,7 +710,7 @@ def check_images(args):
         args,
         n=args.n or 1000,
         model=args.inputs[0],
-        prompts=args.prompts or str(folder / "eval_prompts.jsonl"),
+        prompts=args.prompts or own_prompts(folder),
     )
     check_sampling(args.model, steps=args.steps)
     prompts = read_prompts(args.prompts)
@@ -699,6 +759,8 @@ def check_score(args, default):
         )
     folder = bases.check(args.model or sets[0].model or "assets/tiny")
     check_comparable(sets)
+    if not (folder / "evaluator").is_dir() and args.features == default.features and args.target:
+        args = dataclasses.replace(args, features="pixels")
 
     has_prompts = all(pictures.prompts for pictures in sets)
     has_labels = has_prompts and any("label" in prompt.metadata for prompt in sets[0].prompts)
@@ -742,27 +804,32 @@ def check_score_networks(args, folder, sets, has_labels):
     """The networks that see the pictures can be loaded, and can see pictures of their size."""
     asks_reward_classifier = bool(args.reward) and needs_labels(args.reward)
     asks_evaluator = has_labels and (folder / "evaluator").is_dir()
+    asked = ["evaluator"] if asks_evaluator else []
+    if asks_reward_classifier:
+        asked.append("reward")
     if args.reward:
         check_reward(args.reward, folder)
         need(
             not prices_sets(args.reward),
             f"--reward {args.reward}: fid and kid come with --target; name others",
         )
-    if has_labels or asks_reward_classifier:
-        check_labels(sets[0].prompts, args.prompts or sets[0].name)
-    if asks_evaluator:
-        check_classifier(folder / "evaluator")
+    if asked:
+        check_labels(sets[0].prompts, args.prompts or sets[0].name, label_classes(folder, asked))
+    check_there("features", args.features, folder)
     D = check_features(args.features, folder)
     target = target_path(args.target, args.features, folder)
     if args.features in TINY:
         check_real(folder / args.features / "real.npz")
     check_target(target, D)
 
-    if args.features in TINY or asks_reward_classifier or asks_evaluator:
+    if args.features in TINY and args.features not in asked:
+        asked.append(args.features)
+    for name in asked:
+        side = check_classifier(folder / name)["size"]
         for pictures in sets:
             size = " x ".join(map(str, pictures.size or ()))
             need(
-                pictures.size in (None, (28, 28)),
-                f"{pictures.name}: pictures of {size}, and the classifiers of {folder} see "
-                "28 x 28; choose other --features, and --prompts without labels",
+                pictures.size in (None, (side, side)),
+                f"{pictures.name}: pictures of {size}, and {folder / name} sees {side} x {side}; "
+                "choose other --features, and --prompts without labels",
             )

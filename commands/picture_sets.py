@@ -37,6 +37,20 @@ MODEL_FILES = ("model_index.json", "sit.safetensors", "edm2.safetensors", "gener
 # Shapes: N pictures of P prompts, n of each, in this order; B pictures of one forward.
 
 
+def own_prompts(folder):
+    """The prompts that a model folder is evaluated on: the path of a file in it.
+
+    eval_prompts.jsonl, or else those it is trained on. Raises ValueError if it has neither.
+    """
+    for name in ("eval_prompts.jsonl", "prompts.jsonl"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise ValueError(
+        f"--prompts: {folder} has neither eval_prompts.jsonl nor prompts.jsonl; "
+        "give a file of prompts"
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # Drawing.
 
@@ -252,7 +266,7 @@ def open_pictures(args, name):
         raise ValueError(
             f"{name}: neither pictures (a folder, or an .npz with arr_0) nor a model ({error})"
         ) from None
-    return drawn_pictures(args, name, args.prompts or str(folder / "eval_prompts.jsonl"))
+    return drawn_pictures(args, name, args.prompts or own_prompts(folder))
 
 
 def npz_pictures(args, name):

@@ -30,7 +30,7 @@ from rewards.classifier import (
     load_classifier,
 )
 from rewards.clip import CLIPS, HEAD_FEATURES, AestheticTerm, Clip, ClipTerm, load_head, read_clip
-from rewards.features import load_function
+from rewards.features import NotNumbers, load_function, own_numbers
 from support.files import to_uint8
 
 JPEG = {"jpeg": -1, "incompressible": 1}
@@ -171,7 +171,7 @@ def check_reward(spec, folder):
     Raises ValueError, in one line, for a term that cannot be loaded.
     """
     if needs_labels(spec):
-        check_classifier(Path(folder) / "reward")
+        check_has_classifier(spec, Path(folder) / "reward")
     for term in parse_terms(spec).values():
         try:
             check_term(term)
@@ -181,17 +181,28 @@ def check_reward(spec, folder):
     return parse(spec)
 
 
-def check_labels(prompts, where):
+def check_has_classifier(spec, folder):
+    """Raises ValueError unless `folder` holds the classifier that class, margin and ink ask."""
+    if not folder.is_dir():
+        others = ", ".join(["clip", "pickscore", "aesthetic:FILE", *JPEG, "module:function"])
+        raise ValueError(
+            f"--reward {spec}: {folder} does not exist, and {', '.join(NAMES)} ask the classifier "
+            f"in it; rewards without one are {others}, and fid and kid of --target"
+        )
+    check_classifier(folder)
+
+
+def check_labels(prompts, where, classes):
     """Raises ValueError unless every prompt has a label: class, margin and ink need it.
 
-    where: the file of the prompts, for the message.
+    where: the file of the prompts, for the message; classes: how many the classifier knows.
     """
     for line, prompt in enumerate(prompts, 1):
         label = prompt.metadata.get("label")
-        if type(label) is not int or not 0 <= label <= 9:
+        if type(label) is not int or not 0 <= label < classes:
             raise ValueError(
-                f'{where}:{line}: the reward needs a "label" from 0 to 9 beside the prompt, '
-                f"and finds {label!r}"
+                f'{where}:{line}: the reward needs a "label" from 0 to {classes - 1} '
+                f"beside the prompt, and finds {label!r}"
             )
 
 
@@ -230,13 +241,18 @@ class JpegTerm:
 
 
 class OwnTerm:
-    """Your own function, which may write on its arguments: it gets copies."""
+    """Your own function, which may write on its arguments: it gets copies.
+
+    It returns a tensor, an array or a list of B numbers. Raises TypeError for anything else.
+    """
 
     def __init__(self, module, name):
         self.function = load_function(module, name)
 
     def __call__(self, images, prompts, metadata):
-        return self.function(images.clone(), list(prompts), [dict(entry) for entry in metadata])
+        copies = [dict(entry) for entry in metadata]
+        result = self.function(images.clone(), list(prompts), copies)
+        return own_numbers(result, f"[{len(images)}], one number a picture")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,13 +333,15 @@ class Reward:
             try:
                 score = term(images, prompts, metadata)
                 score = torch.as_tensor(score, dtype=torch.float32, device=images.device)
+            except NotNumbers as error:
+                raise FloatingPointError(f"the reward {key} {error}") from None
             except Exception as error:  # your function's: of any class
                 message = f"the reward {key} failed: {type(error).__name__}: {error}"
                 raise RuntimeError(message) from error
             if score.shape != (len(images),):
                 raise FloatingPointError(
                     f"the reward {key} returned the shape {tuple(score.shape)} "
-                    f"for {len(images)} pictures"
+                    f"for {len(images)} pictures; return [{len(images)}]"
                 )
             if not score.isfinite().all():
                 raise FloatingPointError(f"the reward {key} returned a non-finite number")

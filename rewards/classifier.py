@@ -1,7 +1,9 @@
 """The small classifier of a model folder, and the three rewards that it gives.
 
 A model folder's reward/ and evaluator/ each hold config.json, {"width": channels}, and
-model.safetensors of a CNN on 28 x 28 images. With p = p(label | image), in nats:
+model.safetensors of a CNN. config.json may also say how many "classes" it knows (10), the "size"
+of the images that it sees (28), and their "channels" (1 or 3; 1 sees the mean of the channels).
+With p = p(label | image), in nats:
     class = max(log p, FLOOR)      margin = log p - log(1 - p)      ink = 10 p * brightness
 `ink` is a toy that invites reward hacking. Left out: training it (experiments/build_tiny.py).
 """
@@ -37,29 +39,40 @@ def block(in_channels, out_channels):
 
 
 class Classifier(nn.Module):
-    """A CNN on 28 x 28 images: 64 features, 10 classes, `width` channels after its first layer."""
+    """A CNN on size x size images: 64 features, `width` channels after its first layer."""
 
-    def __init__(self, width):
+    def __init__(self, width, classes=10, size=28, channels=1):
         super().__init__()
         self.width = width
+        self.classes = classes
+        self.size = size
+        self.channels = channels
+        side = size // 2 // 2 // 2
         self.trunk = nn.Sequential(
-            *block(1, width),
+            *block(channels, width),
             *block(width, 2 * width),
             *block(2 * width, 4 * width),
             nn.Flatten(),
-            nn.Linear(3 * 3 * 4 * width, 64),
+            nn.Linear(side * side * 4 * width, 64),
         )
-        self.head = nn.Sequential(nn.GELU(), nn.Linear(64, 10))
+        self.head = nn.Sequential(nn.GELU(), nn.Linear(64, classes))
 
     def features(self, images):
-        """images [B, 1 or 3, 28, 28] in [0, 1] -> float32 [B, 64]. Raises ValueError."""
+        """images [B, 1 or 3, size, size] in [0, 1] -> float32 [B, 64]. Raises ValueError."""
         height, width = images.shape[2:]
-        if (height, width) != (28, 28):
-            raise ValueError(f"the tiny classifiers see 28 x 28 pictures, not {height} x {width}")
-        return self.trunk(images.mean(1, keepdim=True) * 2 - 1)
+        size = self.size
+        if (height, width) != (size, size):
+            raise ValueError(
+                f"the classifier sees pictures of {size} x {size}, not {height} x {width}"
+            )
+        if self.channels == 1:
+            images = images.mean(1, keepdim=True)
+        else:
+            images = images.expand(-1, 3, -1, -1)
+        return self.trunk(images * 2 - 1)
 
     def forward(self, images):
-        """images [B, 1 or 3, 28, 28] in [0, 1] -> logits [B, 10]."""
+        """images [B, 1 or 3, size, size] in [0, 1] -> logits [B, classes]."""
         return self.head(self.features(images))
 
 
@@ -67,13 +80,38 @@ class Classifier(nn.Module):
 # Its files.
 
 
+# What config.json may say: the smallest and the largest value, and what stands for none.
+SIZES = {
+    "width": (1, 4096, None),
+    "classes": (2, 10**6, 10),
+    "size": (8, 4096, 28),
+    "channels": (1, 3, 1),
+}
+
+
+def read_config(folder):
+    """config.json of a classifier folder -> the arguments of Classifier. Raises ValueError."""
+    config = read_json(Path(folder) / "config.json")
+    arguments = {}
+    for name, (low, high, default) in SIZES.items():
+        value = config.get(name, default)
+        is_possible = type(value) is int and low <= value <= high
+        if not is_possible or (name == "channels" and value == 2):
+            raise ValueError(f"config.json: {name} {value!r} is no number from {low} to {high}")
+        arguments[name] = value
+    return arguments
+
+
 def check_classifier(folder):
-    """Raises ValueError, in one line, if a classifier folder cannot be loaded; reads no weight."""
+    """Raises ValueError, in one line, if a classifier folder cannot be loaded; reads no weight.
+
+    -> the arguments of its Classifier: width, classes, size, channels.
+    """
     folder = Path(folder)
     try:
-        width = read_json(folder / "config.json")["width"]
+        arguments = read_config(folder)
         with torch.device("meta"):
-            weights = Classifier(width).state_dict()
+            weights = Classifier(**arguments).state_dict()
         expected = {name: list(value.shape) for name, value in weights.items()}
         with safe_open(folder / "model.safetensors", "pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}
@@ -82,18 +120,19 @@ def check_classifier(folder):
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder}: not a classifier folder ({reason})") from None
+    return arguments
 
 
 def load_classifier(folder, device="cpu"):
     """A classifier folder -> Classifier, frozen."""
     folder = Path(folder)
-    model = Classifier(read_json(folder / "config.json")["width"])
+    model = Classifier(**read_config(folder))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval().requires_grad_(False).to(device)
 
 
 # --------------------------------------------------------------------------------------------------
-# Its rewards: logits [B, 10], labels [B], images [B, 3, 28, 28] -> [B].
+# Its rewards: logits [B, classes], labels [B], images [B, 3, H, W] -> [B].
 
 
 def class_reward(logits, labels, images):
@@ -126,7 +165,7 @@ class SharedLogits:
         self.images = None  # a weak reference, so that the images are not kept in memory
 
     def __call__(self, images):
-        """images [B, 3, 28, 28] -> [B, 10]. The same tensor again gives the same logits again."""
+        """images [B, 3, H, W] -> [B, classes]. The same tensor gives the same logits again."""
         if self.images is None or self.images() is not images:
             self.logits = self.classifier(images)
             self.images = weakref.ref(images)
@@ -141,7 +180,7 @@ class ClassifierTerm:
         self.shared_logits = shared_logits
 
     def __call__(self, images, prompts, metadata):
-        """-> [B]. Each of the metadata has a "label", 0 to 9."""
+        """-> [B]. Each of the metadata has a "label", the number of a class."""
         logits = self.shared_logits(images)
         labels = torch.tensor([entry["label"] for entry in metadata], device=images.device)
         return self.formula(logits, labels, images)

@@ -1,6 +1,7 @@
 """Feature networks: functions from images [B, 3, H, W] in [0, 1] to float32 features [B, D].
 
-    reward, evaluator   the model folder's own classifiers: D = 64, images of 28 x 28
+    reward, evaluator   the model folder's own classifiers: D = 64
+    pixels              the image itself, shrunk to 16 x 16 by the mean, minus 0.5: D = 768
     inception:FILE      TorchScript Inception-v3, D = 2048: FID (arXiv 1706.08500)
     dinov2[:MODEL]      the class token, D = 1024: FD-DINOv2 (arXiv 2306.04675)
     clip[:MODEL]        the image embedding, D = 768
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,6 +23,11 @@ from support.files import to_bytes, to_uint8
 
 # The model folder's own classifiers.
 TINY = ("reward", "evaluator")
+
+# Those that need no file of the model folder, as help writes them.
+ANYWHERE = "pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"
+
+SIDE = 16  # of the images of `pixels`
 
 
 class HubNetwork(NamedTuple):
@@ -60,6 +67,42 @@ def load_function(module, name):
     return function
 
 
+class NotNumbers(TypeError):
+    """Your function returned something that is no tensor, array or list of numbers."""
+
+
+def own_numbers(result, expected):
+    """What your function returned, a tensor, an array or a list -> a tensor.
+
+    Raises NotNumbers that names anything else, and the shape `expected`.
+    """
+    kind = type(result).__name__
+    if isinstance(result, torch.Tensor):
+        return result
+    if isinstance(result, list):
+        result = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in result]
+    elif not isinstance(result, np.ndarray):
+        raise NotNumbers(f"returned a {kind}; return a tensor, an array or a list {expected}")
+    try:
+        return torch.as_tensor(np.asarray(result, np.float64))
+    except (TypeError, ValueError):
+        raise NotNumbers(
+            f"returned a {kind} that is not of numbers; "
+            f"return a tensor, an array or a list {expected}"
+        ) from None
+
+
+def pixels(images):
+    """The feature space that needs no network: images [B, C, H, W] in [0, 1] -> [B, C 16 16].
+
+    Shrunk to 16 x 16 by the mean of each area (a smaller side stays as it is), and centred on
+    grey, so that a cosine compares what is brighter and what is darker.
+    """
+    height, width = images.shape[2:]
+    small = F.adaptive_avg_pool2d(images, (min(SIDE, height), min(SIDE, width)))
+    return small.flatten(1) - 0.5
+
+
 def check_features(spec, folder, flag="features"):
     """The number of features D, or None where only a forward pass can tell. Reads no weight.
 
@@ -69,6 +112,8 @@ def check_features(spec, folder, flag="features"):
     if spec in TINY:
         check_classifier(Path(folder) / spec)
         return 64
+    if spec == "pixels":
+        return None  # it depends on the size of the images
     if kind == "inception":
         if not is_torchscript(argument):
             file = argument or "no file"
@@ -85,13 +130,13 @@ def check_features(spec, folder, flag="features"):
     if argument:
         try:
             load_function(kind, argument)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # your module's: of any class
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"--{flag} {spec}: {reason}") from None
         return None
     raise ValueError(
-        f"--{flag} {spec}: none of reward, evaluator, inception:FILE, dinov2[:MODEL], "
-        "clip[:MODEL], module:function"
+        f"--{flag} {spec}: none of reward, evaluator, {ANYWHERE}"
+        + (", latents" if flag == "diversity_features" else "")
     )
 
 
@@ -127,12 +172,14 @@ def load_features(spec, folder, device="cpu"):
     try:
         if spec in TINY:
             network = load_classifier(Path(folder) / spec, device).features
+        elif spec == "pixels":
+            network = pixels
         elif kind == "inception":
             network = inception(torch.jit.load(argument, map_location=device).eval())
         elif kind in HUB:
             network = vision(kind, argument or HUB[kind].model, device)
         else:
-            network = load_function(kind, argument)
+            network = own_features(load_function(kind, argument), spec)
     except Exception as error:  # a library raises another class for each kind of damage
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(
@@ -146,11 +193,24 @@ def load_features(spec, folder, device="cpu"):
         if result.dim() != 2 or len(result) != len(images):
             raise FloatingPointError(
                 f"--features {spec} returned the shape {tuple(result.shape)} "
-                f"for {len(images)} pictures"
+                f"for {len(images)} pictures; return [{len(images)}, D]"
             )
         if not result.isfinite().all():
             raise FloatingPointError(f"--features {spec} returned a non-finite number")
         return result
+
+    return features
+
+
+def own_features(function, spec):
+    """Your function of images -> one that returns a tensor on their device."""
+
+    def features(images):
+        try:
+            result = own_numbers(function(images), f"[{len(images)}, D], a row a picture")
+        except NotNumbers as error:
+            raise FloatingPointError(f"--features {spec} {error}") from None
+        return result.to(images.device)
 
     return features
 
