@@ -668,7 +668,7 @@ REFUSED = [  # command line, what the message must hold
     ("score good.npz --steps 5", "--steps: means nothing to pictures that are there"),
     ("score asked.npz", "gone-model"),
     ("score few.npz --model tiny", "5 pictures are too few"),
-    ("score large.npz --model tiny", "56 x 56, and the classifiers of tiny see 28 x 28"),
+    ("score large.npz --model tiny", "56 x 56, and tiny/evaluator sees 28 x 28"),
     ("score good.npz more.npz --model tiny", "compare equal ones; --n 20"),
     ("score asked.npz other.npz --model tiny", "of different prompts"),
     ("score good.npz --model tiny --reward ink", "--reward ink: needs to know what was asked for"),

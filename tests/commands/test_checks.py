@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import contents, launch, launch_process, small
 from PIL import Image
+from safetensors.torch import save_file
 
 import bases
 import eval as evaluation
@@ -23,6 +24,7 @@ import rewards
 import train
 from commands import checks, training
 from rewards import targets
+from rewards.classifier import Classifier
 from support import flags
 
 # --------------------------------------------------------------------------------------------------
@@ -70,7 +72,8 @@ REFUSED = {
     "--ema 1": "--ema 1.0: must be a finite number from 0 to 0.9999",
     "--tau1 0.8 --tau2 0.8": "--tau1 0.8: must be below --tau2 0.8",
     "--eval_images 25": "--eval_images 25: must be a multiple of the 10 prompts of",
-    "--eval_images 10": "two each at least",
+    "--eval_images 10": "2 each at least; take 20",
+    "--eval_images 32": "take 30 or 40",
     "--select all": "--keep 3: means nothing with --select all",
     "--drift off --select all --diversity 0.3": "--diversity 0.3: --drift off would switch it off",
     "--drift off --select spread": "--select spread: --drift off would switch it off",
@@ -242,11 +245,91 @@ def test_feature_networks_that_the_model_folder_lacks(check, refused, tiny, tmp_
     shutil.copytree(tiny, model)
     shutil.rmtree(model / "evaluator")
     words = "--diversity_features evaluator"
-    message = f"{words}: {model} holds no such network; give another, as in"
+    choices = "latents, pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"
+    message = f"{words}: {model} holds no such network; give one of {choices}"
     refused(words, message, model=model)
     check(model=model)  # the rewards judge
     words = "--reward fid --reference 24 --features evaluator"
     refused(words, f"--features evaluator: {model} holds no such network", model=model)
+
+
+def bare_model(tiny, folder, count=47):
+    """A copy of tiny without its classifiers, and a file of `count` prompts without labels."""
+    shutil.copytree(tiny, folder / "model")
+    for name in ("reward", "evaluator"):
+        shutil.rmtree(folder / "model" / name)
+    for name in ("prompts.jsonl", "eval_prompts.jsonl"):
+        (folder / "model" / name).unlink()
+    prompts = folder / "prompts.txt"
+    prompts.write_text("".join(f"a coat number {number}\n" for number in range(count)))
+    return folder / "model", prompts
+
+
+def test_the_default_flags_run_on_a_base_without_classifiers(tiny, tmp_path):
+    model, prompts = bare_model(tiny, tmp_path)
+    out = str(tmp_path / "run")
+    plain = train.Args(model=str(model), prompts=str(prompts), reward="jpeg", out=out)
+    args, _, eval_prompts = checks.check(plain, train.Args())
+    assert args.diversity_features == "pixels"
+    assert args.eval_images == 658 and len(eval_prompts) == 47  # the default is 640
+    with pytest.raises(ValueError, match="take 611 or 658"):
+        given = dataclasses.replace(plain, eval_images=650)
+        checks.check(given, train.Args())
+
+
+def test_a_default_above_many_prompts_does_not_rise_by_itself(tiny, tmp_path):
+    model, prompts = bare_model(tiny, tmp_path, count=321)
+    plain = train.Args(
+        model=str(model), prompts=str(prompts), reward="jpeg", out=str(tmp_path / "x")
+    )
+    with pytest.raises(ValueError, match="--eval_images 640: .* take 642$"):
+        checks.check(plain, train.Args())
+
+
+def test_a_reward_of_a_classifier_that_is_not_there_names_the_others(tiny, tmp_path):
+    model, prompts = bare_model(tiny, tmp_path)
+    plain = train.Args(model=str(model), prompts=str(prompts), out=str(tmp_path / "run"))
+    with pytest.raises(
+        ValueError, match="rewards without one are clip, .*module:function"
+    ) as found:
+        checks.check(plain, train.Args())
+    assert str(found.value).startswith("--reward class:1: ")
+
+
+def test_evaluation_falls_back_on_the_prompts_of_training(check, tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / "eval_prompts.jsonl").unlink()
+    args, _, eval_prompts = check("--eval_images 60", model=model)
+    assert args.eval_prompts == str(model / "prompts.jsonl") and len(eval_prompts) == 30
+    images = evaluation.Args("images", [str(model)], out=str(tmp_path / "drawn"), n=60)
+    args, prompts = checks.check_eval(images, evaluation.Args("images", [str(model)]))
+    assert args.prompts == str(model / "prompts.jsonl") and len(prompts) == 30
+    (model / "prompts.jsonl").unlink()
+    with pytest.raises(ValueError, match="neither eval_prompts.jsonl nor prompts.jsonl"):
+        checks.check_eval(images, evaluation.Args("images", [str(model)]))
+
+
+def test_labels_are_those_of_the_classifiers(check, refused, tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    lines = [{"prompt": "a bag", "label": 46}, {"prompt": "a coat", "label": 0}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = f"--prompts {file} --eval_prompts {file} --eval_images 20"
+    refused(words, 'needs a "label" from 0 to 9', model=model)
+    for name in ("reward", "evaluator"):
+        build_classifier(model / name, classes=47)
+    check(words, model=model)
+    build_classifier(model / "reward", classes=12)
+    refused(words, "evaluator/ knows 47 classes and reward/ knows 12 classes", model=model)
+
+
+def build_classifier(folder, width=4, **sizes):
+    """A random classifier in a folder that may have held another."""
+    network = Classifier(width, **sizes)
+    (folder / "config.json").write_text(json.dumps({"width": width} | sizes))
+    save_file(network.state_dict(), folder / "model.safetensors")
 
 
 def stable_diffusion(folder):

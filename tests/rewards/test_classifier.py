@@ -1,11 +1,13 @@
 """The classifier of a model folder: its layers, its rewards by their definitions, its files."""
 
+import json
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from reward_helpers import IMAGES, METADATA, PROMPTS, TINY, edit_json, refused
+from safetensors.torch import save_file
 
 import rewards
 from rewards import classifier
@@ -26,6 +28,46 @@ def test_the_classifier_is_frozen_and_sees_the_mean_of_the_channels():
     grey = IMAGES.mean(1, keepdim=True)
     torch.testing.assert_close(network.features(grey), features, atol=1e-5, rtol=1e-5)
     refused(lambda: network(torch.zeros(1, 3, 28, 32)), "28 x 28", "28 x 32")
+
+
+def write_classifier(folder, **config):
+    """A random classifier of that config.json."""
+    folder.mkdir()
+    network = classifier.Classifier(**config)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(network.state_dict(), folder / "model.safetensors")
+    return network.eval()
+
+
+@pytest.mark.parametrize("size, channels", [(28, 1), (32, 3), (9, 3)])
+def test_classes_size_and_channels_are_those_of_the_config(tmp_path, size, channels):
+    config = {"width": 4, "classes": 47, "size": size, "channels": channels}
+    network = write_classifier(tmp_path / "reward", **config)
+    assert classifier.check_classifier(tmp_path / "reward") == config
+    loaded = classifier.load_classifier(tmp_path / "reward")
+    images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    logits = loaded(images)
+    assert logits.shape == (5, 47) and torch.equal(logits, network(images))
+    red = images * torch.tensor([1.0, 0, 0])[:, None, None]
+    is_blind = torch.allclose(loaded(red), loaded(red.roll(1, 1)), atol=1e-6)
+    assert is_blind == (channels == 1)  # to which channel it is
+    grey = images[:, :1]
+    torch.testing.assert_close(loaded(grey), loaded(grey.expand(-1, 3, -1, -1)))
+
+    labels = [{"label": 46}] * 5
+    found = rewards.Reward("class", tmp_path)(images, ["a"] * 5, labels)["class"]
+    expected = network(images).log_softmax(1)[:, 46].clamp(min=classifier.FLOOR)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("classes", 1), ("classes", 10.0), ("size", 7), ("channels", 2), ("width", True)],
+)
+def test_an_impossible_config_is_refused(tmp_path, name, value):
+    write_classifier(tmp_path / "reward", width=4, classes=12)
+    edit_json(tmp_path / "reward" / "config.json", **{name: value})
+    refused(lambda: classifier.check_classifier(tmp_path / "reward"), name, value)
 
 
 # --------------------------------------------------------------------------------------------------

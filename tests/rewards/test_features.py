@@ -351,6 +351,10 @@ def flat(images): return images.mean((1, 2, 3))
 def short(images): return images.flatten(1)[1:]
 def nan(images): return images.flatten(1)[:, :5] / 0 * 0
 def inf(images): return images.flatten(1)[:, :5] + float("inf")
+def array(images): return images.flatten(1)[:, :5].double().numpy()
+def rows(images): return [list(row[:5]) for row in images.flatten(1).tolist()]
+def tensors(images): return [row[:5] for row in images.flatten(1)]
+def named(images): return {"features": images.flatten(1)}
 """
 
 
@@ -358,27 +362,51 @@ def inf(images): return images.flatten(1)[:, :5] + float("inf")
 def own(tmp_path, monkeypatch):
     (tmp_path / "own_features.py").write_text(OWN)
     (tmp_path / "failing_features.py").write_text("raise ImportError('first\\nsecond')")
+    (tmp_path / "half_features.py").write_text("def f(:")
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("own_features", None)
 
 
-def test_a_function_of_ones_own(own):
-    images = rand(4, 3, 6, 6).requires_grad_()
-    assert check_features("own_features:right", "") is None  # only a forward pass can tell
-    found = load_features("own_features:right", "")(images)
+@pytest.mark.parametrize("name", ["right", "array", "rows", "tensors"])
+def test_a_function_of_ones_own(own, name):
+    images = rand(4, 3, 6, 6)
+    if name == "right":
+        images.requires_grad_()
+    assert check_features(f"own_features:{name}", "") is None  # only a forward pass can tell
+    found = load_features(f"own_features:{name}", "")(images)
     assert torch.equal(found, images.detach().flatten(1)[:, :5])
     assert found.dtype == torch.float32 and not found.requires_grad
 
 
 @pytest.mark.parametrize(
     "name, naming",
-    [("flat", "(4,)"), ("short", "(3, 108)"), ("nan", "non-finite"), ("inf", "non-finite")],
+    [
+        ("named", "returned a dict; return a tensor, an array or a list [4, D]"),
+        ("flat", "(4,)"),
+        ("short", "(3, 108)"),
+        ("nan", "non-finite"),
+        ("inf", "non-finite"),
+    ],
 )
 def test_a_function_that_returns_something_else(own, name, naming):
     with pytest.raises(FloatingPointError) as caught:
         load_features(f"own_features:{name}", "")(rand(4, 3, 6, 6))
     assert f"own_features:{name}" in str(caught.value) and naming in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pixels.
+
+
+def test_pixels_are_means_of_areas_minus_grey():
+    images = rand(3, 3, 64, 32)
+    found = load_features("pixels", "")(images)
+    areas = images.reshape(3, 3, 16, 4, 16, 2).mean((3, 5))
+    torch.testing.assert_close(found, (areas - 0.5).flatten(1))
+    small = rand(2, 1, 8, 16)
+    assert torch.equal(load_features("pixels", "")(small), small.flatten(1) - 0.5)
+    assert check_features("pixels", "") is None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,6 +422,7 @@ def test_a_function_that_returns_something_else(own, name, naming):
         ("math:pi", "pi is not a function"),
         ("own_features:missing", "missing"),
         ("failing_features:f", "first second"),
+        ("half_features:f", "invalid syntax"),
         ("dinov2:nobody/no-such-model", ""),
     ],
 )

@@ -57,6 +57,21 @@ def steep(images, prompts, metadata):
 def nothing(images, prompts, metadata):
     pass
 
+def scalars(images, prompts, metadata):
+    return [image.mean() for image in images]
+
+def whole(images, prompts, metadata):
+    return torch.arange(len(images))
+
+def named(images, prompts, metadata):
+    return {"score": images.mean((1, 2, 3))}
+
+def pair(images, prompts, metadata):
+    return images.mean((1, 2, 3)), {}
+
+def text(images, prompts, metadata):
+    return ["good"] * len(images)
+
 def broken(images, prompts, metadata):
     return 1 / 0
 
@@ -156,12 +171,13 @@ def test_only_the_classifiers_rewards_need_labels():
 
 def test_a_label_that_is_no_class_is_named_by_its_line():
     good = [Prompt("a", {"label": 0}), Prompt("b", {"label": 9})]
-    rewards.check_labels(good, "p.jsonl")
+    rewards.check_labels(good, "p.jsonl", 10)
+    rewards.check_labels([Prompt("c", {"label": 46})], "p.jsonl", 47)
     wrong = [{}] + [{"label": label} for label in (10, -1, "3", 1.0, True, None)]
     for metadata in wrong:
         prompts = [*good, Prompt("c", metadata)]
         with pytest.raises(ValueError, match="p.jsonl:3: .*label"):
-            rewards.check_labels(prompts, "p.jsonl")
+            rewards.check_labels(prompts, "p.jsonl", 10)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,13 +327,38 @@ def test_a_function_that_writes_on_its_arguments_spoils_nothing(own):
     assert found["label"].tolist() == [entry["label"] for entry in METADATA]
 
 
+def test_a_function_may_return_a_tensor_an_array_or_a_list(own):
+    expected = {
+        "scalars": IMAGES.mean((1, 2, 3)),
+        "whole": torch.arange(7.0),
+        "words": torch.tensor([float(len(prompt.split())) for prompt in PROMPTS]),
+        "label": torch.tensor([float(entry["label"]) for entry in METADATA]),
+    }
+    reward = rewards.Reward(",".join(f"{own}:{name}" for name in expected), TINY)
+    found = reward(IMAGES, PROMPTS, METADATA)
+    for name, values in expected.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], values)
+
+
 @pytest.mark.parametrize(
     "name, error, words",
     [
         ("column", FloatingPointError, r"returned the shape \(7, 1\) for 7 pictures"),
         ("hole", FloatingPointError, "returned a non-finite number"),
         ("steep", FloatingPointError, "returned a non-finite number"),
-        ("nothing", RuntimeError, "failed: "),
+        ("nothing", FloatingPointError, r"returned a NoneType; return .* \[7\], one number a pic"),
+        (
+            "named",
+            FloatingPointError,
+            r"returned a dict; return a tensor, an array or a list \[7\]",
+        ),
+        (
+            "pair",
+            FloatingPointError,
+            r"returned a tuple; return a tensor, an array or a list \[7\]",
+        ),
+        ("text", FloatingPointError, "returned a list that is not of numbers"),
         ("broken", RuntimeError, "failed: ZeroDivisionError: division by zero"),
     ],
 )

@@ -42,6 +42,7 @@ FLAGS = {
     "seed": (0, 1, ROLLOUTS, ""),
     "drift": ("on", "off", ROLLOUTS, "--select all --keep 4 --prompt_noise 0.5 --diversity 0.5"),
     "dry_run": (False, True, NOTHING, ""),
+    "check": (False, True, NOTHING, ""),
     "prompts_per_step": (2, 4, ROLLOUTS, ""),
     "group_size": (4, 5, ROLLOUTS, ""),
     "steps": (4, 5, ROLLOUTS, ""),
@@ -278,6 +279,14 @@ def test_the_flag_is_passed_on_and_changes_rounding_alone(tiny, tmp_path, monkey
 def test_dry_run_writes_nothing(outcome):
     a, b = both(outcome, "dry_run")
     assert a and b is None
+
+
+@pytest.mark.slow
+def test_check_trains_nothing(outcome, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        both(outcome, "check")
+    assert stopped.value.code == 0
+    assert "11 of 11 checks passed" in capsys.readouterr().out
 
 
 @pytest.mark.slow
