@@ -513,7 +513,8 @@ def compare_runs(args, runs):
     """Prints the table of the runs, and draws their figure if --out names one."""
     print(compare.table(runs), flush=True)
     if args.out:
-        compare.draw(runs, args.out)
+        x = compare.alignment_of(runs)
+        compare.draw(runs, args.out, x, compare.panels_of(runs))
         print(f"{args.out}: written")
 
 

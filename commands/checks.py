@@ -21,7 +21,7 @@ import torch
 import bases
 from bases.files import PIPELINES, copied_folders, locate
 from bases.tensors import open_checkpoints
-from commands.compare import grid_files, open_runs
+from commands.compare import alignment_of, grid_files, open_runs
 from commands.picture_sets import (
     choose,
     open_pictures,
@@ -677,7 +677,9 @@ def check_eval(args, default):
         f"--out {args.out}: exists; choose another",
     )
     if args.command == "compare":
-        return args, open_runs(args.inputs, args.labels)
+        runs = open_runs(args.inputs, args.labels)
+        alignment_of(runs)  # they have one in common
+        return args, runs
     if args.command == "grid":
         return args, grid_files(args.inputs, args.labels)
     return check_score(args, default)

@@ -1,7 +1,9 @@
 """Comparing runs of train.py: at equal alignment, since a more diverse run may have learned less.
 
 Alignment is the evaluator's log-probability, diversity its Vendi score within a prompt, both from
-the evaluations in metrics.jsonl. The front of a run is, at each alignment a, the largest diversity
+the evaluations in metrics.jsonl. Runs of a base without an evaluator are compared by what they
+logged: alignment is then a reward that all of them trained on, and diversity is measured in
+--diversity_features. The front of a run is, at each alignment a, the largest diversity
 that its curve shows at alignment a or more (linear between evaluations).
 
     gain at equal alignment    ratio of the two fronts' means over ten alignments, from the base
@@ -25,15 +27,18 @@ PANELS = [
     ("eval/vendi", "diversity: Vendi score within a prompt (higher is better)"),
     ("eval/fid", "Frechet distance to real pictures (lower is better)"),
 ]
-METRICS = ("accuracy", "log_prob", "vendi", "distance", "fid")
-COLUMNS = (
-    "run",
-    "seeds",
-    "accuracy",
-    "log-prob",
-    "Vendi",
-    "pairwise distance",
-    "FID",
+TRAINED = "eval/fid_trained"  # the distance that the reward lowers; alignment is minus that
+UNJUDGED = "alignment/fid_trained"  # minus TRAINED, for runs that log nothing else
+
+# The columns of metrics, by name; others keep their own.
+TITLES = {
+    "accuracy": "accuracy",
+    "log_prob": "log-prob",
+    "vendi": "Vendi",
+    "distance": "pairwise distance",
+    "fid": "FID",
+}
+GAINS = (
     "diversity at equal alignment, %",
     "at the highest, %",
     "alignment at equal diversity, %",
@@ -74,24 +79,23 @@ def load(folder):
     ) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: not the metrics of a run ({reason})") from None
-    missing = [name for name in METRICS if f"eval/{name}" not in curves]
-    if missing:
-        raise ValueError(
-            f"{path}: holds no evaluation with {', '.join(missing)}; give a run folder of train.py"
-        )
+    if "eval/vendi" not in curves:
+        raise ValueError(f"{path}: holds no evaluation; give a run folder of train.py")
     return curves
 
 
 def read_curves(path):
     """metrics.jsonl -> {"iteration", "eval/..."} of the evaluations as arrays, and "minutes"."""
     rows = read_rows(path)
-    evaluations = [row for row in rows if "eval/fid" in row]
+    evaluations = [row for row in rows if "eval/vendi" in row]
     names = ["iteration"]
     if evaluations:
         names += [name for name in evaluations[0] if name.startswith("eval/")]
     curves = {}
     for name in names:
         curves[name] = np.array([row[name] for row in evaluations], float)
+    if TRAINED in curves:
+        curves[UNJUDGED] = -curves[TRAINED]
     seconds = sum(row.get("seconds_sample", 0) + row.get("seconds_train", 0) for row in rows)
     curves["minutes"] = seconds / 60
     return curves
@@ -186,6 +190,52 @@ def few_a_prompt(config):
 
 
 # --------------------------------------------------------------------------------------------------
+# What runs have in common.
+
+
+def common_metrics(runs):
+    """The metrics "eval/..." that every run logged, in the order of the first."""
+    curves = [curve for seeds in runs.values() for curve in seeds.values()]
+    first, *others = curves
+    names = [name for name in first if name.startswith("eval/")]
+    return [name for name in names if all(name in other for other in others)]
+
+
+def alignment_of(runs):
+    """The metric that is their alignment, and the label of its axis.
+
+    The judge's, or a reward that all runs trained on, or minus the distance that it lowers. Raises
+    ValueError where they have none of these in common.
+    """
+    common = common_metrics(runs)
+    if ALIGNMENT[0] in common:
+        return ALIGNMENT
+    for name in common:
+        if name.startswith("eval/reward_"):
+            reward = name.removeprefix("eval/reward_")
+            return name, f"alignment: the reward {reward}, which training raises"
+    if TRAINED in common:
+        return UNJUDGED, "alignment: minus the Frechet distance that training lowers"
+    logged = []
+    for label, seeds in runs.items():
+        names = [name for name in next(iter(seeds.values())) if name.startswith("eval/")]
+        logged.append(f"{label}: {', '.join(name.removeprefix('eval/') for name in names)}")
+    raise ValueError(
+        f"the runs have no alignment in common ({'; '.join(logged)}); "
+        "compare runs of one reward, or of a base with an evaluator/"
+    )
+
+
+def panels_of(runs):
+    """The panels of their figure: diversity, and a Frechet distance if all of them logged one."""
+    common = common_metrics(runs)
+    panels = [panel for panel in PANELS if panel[0] in common]
+    if len(panels) == 1 and TRAINED in common:
+        panels.append((TRAINED, "Frechet distance that the reward lowers (lower is better)"))
+    return panels
+
+
+# --------------------------------------------------------------------------------------------------
 # Comparing curves.
 
 
@@ -208,13 +258,12 @@ def front(x, y, levels):
     return np.array(largest)
 
 
-def gain_at_equal_alignment(method, plain, diversity="eval/vendi"):
+def gain_at_equal_alignment(method, plain, diversity="eval/vendi", x=ALIGNMENT[0]):
     """Relative gain in diversity over ten alignments that both runs reach; and at the highest.
 
     Where a run never rises above the base model there is no such range: (NaN, NaN), and not 0,
     since nothing was compared.
     """
-    x = "eval/log_prob"
     start = plain[x][0]
     highest = min(plain[x].max(), method[x].max())
     if not highest > start:
@@ -225,13 +274,12 @@ def gain_at_equal_alignment(method, plain, diversity="eval/vendi"):
     return float(ours.mean() / theirs.mean() - 1), float(ours[-1] / theirs[-1] - 1)
 
 
-def gain_at_equal_diversity(method, plain, diversity="eval/vendi"):
+def gain_at_equal_diversity(method, plain, diversity="eval/vendi", x=ALIGNMENT[0]):
     """Relative gain in alignment over the base model's, at ten diversities.
 
     They go from the base model's down to the plain run's lowest. NaN if the plain run loses no
     diversity or gains no alignment: then there is nothing to be relative to.
     """
-    x = "eval/log_prob"
     start = plain[diversity][0]
     lowest = plain[diversity].min()
     levels = np.linspace(start, lowest, 11)[1:] + 1e-9
@@ -280,37 +328,47 @@ def spread(values, scale=100, digits=1, sign="+"):
 def table(runs):
     """Runs {label: {seed: evaluations}} -> markdown: final metrics, and gains over the first label.
 
-    A run is compared with the first label's run of the same seed.
+    A run is compared with the first label's run of the same seed. Raises ValueError where runs have
+    no alignment in common.
     """
     plain = next(iter(runs.values()))
-    starts = [curve["eval/log_prob"][0] for seeds in runs.values() for curve in seeds.values()]
+    x, description = alignment_of(runs)
+    is_judged = x == ALIGNMENT[0]
+    metrics = common_metrics(runs)
+    if is_judged:
+        metrics = [f"eval/{name}" for name in TITLES if f"eval/{name}" in metrics]
+    starts = [curve[x][0] for seeds in runs.values() for curve in seeds.values()]
     corner = (min(starts), 1.0)
-    count = len(COLUMNS)
-    lines = ["| " + " | ".join(COLUMNS) + " |"]
-    lines.append("|---" * count + "|")
+
+    names = [name.removeprefix("eval/") for name in metrics]
+    columns = ["run", "seeds", *(TITLES.get(name, name) for name in names), *GAINS]
+    lines = ["| " + " | ".join(columns) + " |"]
+    lines.append("|---" * len(columns) + "|")
     for label, seeds in runs.items():
-        cells = table_row(label, seeds, plain, corner)
+        cells = table_row(label, seeds, plain, corner, metrics, x)
         lines.append("| " + " | ".join(cells) + " |")
+    if not is_judged:
+        lines.append(f"No evaluator judges these runs. {description[0].upper()}{description[1:]}.")
     return "\n".join(lines)
 
 
-def table_row(label, seeds, plain, corner):
-    """The cells of one label, in the order of COLUMNS."""
+def table_row(label, seeds, plain, corner, metrics, x):
+    """The cells of one label: its metrics, and its gains by the alignment x."""
     curves = list(seeds.values())
     collapsed = [curve["eval/vendi"][-1] < COLLAPSED and not curve.get("few") for curve in curves]
     cells = [f"{label} COLLAPSED" if any(collapsed) else label]
     cells.append(str(len(curves)))
-    for name in METRICS:
-        final = [curve[f"eval/{name}"][-1] for curve in curves]
+    for name in metrics:
+        final = [curve[name][-1] for curve in curves]
         cells.append(spread(final, scale=1, digits=3, sign=""))
 
     pairs = [(curve, plain[seed]) for seed, curve in seeds.items() if seed in plain]
-    at_alignment = [gain_at_equal_alignment(*pair) for pair in pairs]
+    at_alignment = [gain_at_equal_alignment(*pair, x=x) for pair in pairs]
     cells.append(spread([mean for mean, _ in at_alignment]))
     cells.append(spread([highest for _, highest in at_alignment]))
-    cells.append(spread([gain_at_equal_diversity(*pair) for pair in pairs]))
+    cells.append(spread([gain_at_equal_diversity(*pair, x=x) for pair in pairs]))
 
-    volumes = [hypervolume(curve["eval/log_prob"], curve["eval/vendi"], corner) for curve in curves]
+    volumes = [hypervolume(curve[x], curve["eval/vendi"], corner) for curve in curves]
     cells.append(spread(volumes, scale=1, digits=3, sign=""))
     minutes = [curve.get("minutes", np.nan) for curve in curves]
     cells.append(spread(minutes, scale=1, digits=1, sign=""))

@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,21 @@ from PIL import Image
 
 import eval as evaluation
 from commands import compare
+
+JUDGED = (
+    "run",
+    "seeds",
+    "accuracy",
+    "log-prob",
+    "Vendi",
+    "pairwise distance",
+    "FID",
+    "diversity at equal alignment, %",
+    "at the highest, %",
+    "alignment at equal diversity, %",
+    "hypervolume",
+    "minutes",
+)
 
 
 def command(*argv):
@@ -38,8 +54,8 @@ def table_of(runs):
 def cells_of(text):
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert tuple(rows[0]) == compare.COLUMNS
-    return {row[0]: dict(zip(compare.COLUMNS, row)) for row in rows[1:]}
+    assert tuple(rows[0]) == JUDGED
+    return {row[0]: dict(zip(JUDGED, row)) for row in rows[1:]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,8 +305,8 @@ def damage_run(folder, kind):
         (folder / "config.json").unlink()
     elif kind == "no metrics":
         metrics.unlink()
-    elif kind == "another metric":
-        metrics.write_text('{"iteration": 0, "eval/fid": 1.0, "eval/vendi": 2.0}\n')
+    elif kind == "no evaluation":
+        metrics.write_text('{"iteration": 0, "reward": 1.0}\n')
     elif kind == "truncated":
         metrics.write_text('{"iteration": 0}\n{"eval/f')
 
@@ -300,7 +316,7 @@ def damage_run(folder, kind):
     [
         ("no config", "config.json"),
         ("no metrics", "metrics.jsonl: not the metrics of a run"),
-        ("another metric", "holds no evaluation with accuracy, log_prob, distance;"),
+        ("no evaluation", "holds no evaluation; give a run folder"),
         ("truncated", "metrics.jsonl: not the metrics of a run"),
     ],
 )
@@ -322,6 +338,83 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, kind, message):
 def test_labels_that_do_not_fit_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
         compare.labels_of(["x", "y"], labels)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs without a judge.
+
+
+def unjudged(alignment, diversity, name="eval/reward_jpeg", **others):
+    """The evaluations of a run of a base without an evaluator."""
+    rows = {name: alignment, "eval/vendi": diversity, "eval/distance": [0.5] * len(alignment)}
+    return {key: np.array(values, float) for key, values in (rows | others).items()}
+
+
+def test_a_reward_takes_the_place_of_the_judge_with_the_same_numbers():
+    alignment, diversity = ([-1, -0.8, -0.5], [-1, -0.7, -0.6]), ([20, 15, 9], [20, 18, 12])
+    judged, other = {}, {}
+    for label, a, d in zip(("plain", "ours"), alignment, diversity):
+        judged[label] = {0: curve(a, d)}
+        other[label] = {0: unjudged(a, d)}
+    lines = compare.table(other).splitlines()
+    names = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+    assert names == ["run", "seeds", "reward_jpeg", "Vendi", "pairwise distance", *compare.GAINS]
+    expected = table_of(judged)
+    for line in lines[2:4]:
+        cells = dict(zip(names, [cell.strip() for cell in line.split("|")[1:-1]]))
+        for gain in compare.GAINS:
+            assert cells[gain] == expected[cells["run"]][gain]
+    assert lines[4] == (
+        "No evaluator judges these runs. Alignment: the reward jpeg, which training raises."
+    )
+
+
+def test_the_alignment_is_what_all_runs_logged():
+    one = unjudged([1, 2], [9, 8], **{"eval/reward_b": [1, 2]})
+    two = unjudged([1, 2], [9, 8], name="eval/reward_b")
+    judged = curve([1, 2], [9, 8])
+    assert compare.alignment_of({"one": {0: one}})[0] == "eval/reward_jpeg"
+    assert compare.alignment_of({"one": {0: one}, "two": {0: two}})[0] == "eval/reward_b"
+    with pytest.raises(
+        ValueError, match="no alignment in common .one: reward_jpeg, vendi"
+    ) as found:
+        compare.alignment_of({"one": {0: one}, "judged": {0: judged}})
+    assert "judged: log_prob, vendi, accuracy" in str(found.value)
+
+
+def test_runs_of_a_distance_alone_align_by_it(tmp_path):
+    """Its fall is the alignment, and it is drawn as a distance: lower is better."""
+    folder = write_run(tmp_path / "run-0")
+    lines = []
+    for number, distance in enumerate((9.0, 7.0, 6.0)):
+        line = {"iteration": number, "eval/vendi": 9.0 - number, "eval/distance": 0.5}
+        lines.append(line | {"eval/fid_trained": distance})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    runs = compare.open_runs([folder], "")
+    x, label = compare.alignment_of(runs)
+    assert runs["run"][0][x].tolist() == [-9, -7, -6] and "minus" in label
+    panels = [name for name, _ in compare.panels_of(runs)]
+    assert panels == ["eval/vendi", "eval/fid_trained"]
+    assert "fid_trained" in compare.table(runs).splitlines()[0]
+
+
+@pytest.mark.slow
+def test_runs_of_a_base_without_an_evaluator_are_compared(tiny, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    shutil.rmtree(base / "evaluator")
+    for seed in ("0", "1"):
+        for name, flags in (("plain", ("--drift", "off", "--select", "all")), ("drift", ())):
+            out = tmp_path / f"{name}-{seed}"
+            launch(small(base, out, "--reward", "jpeg", "--seed", seed, *flags))
+    folders = sorted(tmp_path.glob("plain-*")) + sorted(tmp_path.glob("drift-*"))
+    capsys.readouterr()
+    command("compare", *folders, "--out", tmp_path / "c.png")
+    out = capsys.readouterr().out
+    assert "| plain | 2 |" in out and "| drift | 2 |" in out and "the reward jpeg" in out
+    command("grid", *folders, "--out", tmp_path / "g.png")
+    for name in ("c.png", "g.png"):
+        assert len(np.unique(colors_of(tmp_path / name), axis=0)) > 50
 
 
 # --------------------------------------------------------------------------------------------------
