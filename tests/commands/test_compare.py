@@ -382,6 +382,12 @@ def test_the_alignment_is_what_all_runs_logged():
     assert "judged: log_prob, vendi, accuracy" in str(found.value)
 
 
+@pytest.mark.parametrize("end, is_marked", [(1.05, False), (1.01, True)])
+def test_without_a_judge_a_collapse_is_relative_to_the_base(end, is_marked):
+    runs = {"a": {0: unjudged([0, 1], [1.2, end])}}
+    assert ("COLLAPSED" in compare.table(runs)) == is_marked
+
+
 def test_runs_of_a_distance_alone_align_by_it(tmp_path):
     """Its fall is the alignment, and it is drawn as a distance: lower is better."""
     folder = write_run(tmp_path / "run-0")
