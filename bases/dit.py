@@ -26,6 +26,17 @@ def take_embedding(block, labels, *ignored):
     return labels[:, block]
 
 
+def label_embedders(network):
+    """The label embedder of each block."""
+    return [block.norm1.emb.class_embedder for block in network.transformer_blocks]
+
+
+def take_embeddings(network):
+    """Makes a network take label embeddings [B, blocks, D] in place of labels [B]."""
+    for block, embedder in enumerate(label_embedders(network)):
+        embedder.forward = functools.partial(take_embedding, block)
+
+
 class DiT(Generator):
     """A transformer in the latents of a VAE, for classes."""
 
@@ -44,18 +55,13 @@ class DiT(Generator):
         scheduler = self.scheduler()
         offset = scheduler.config.steps_offset
         self.path = VP(scheduler.alphas_cumprod, scheduler.final_alpha_cumprod, offset)
-        for number, embedder in enumerate(self.embedders()):
-            embedder.forward = functools.partial(take_embedding, number)
+        take_embeddings(self.network)
 
     def scheduler(self):
         """diffusers' DDIM with the numbers of the folder's scheduler."""
         diffusers, _ = _libraries()
         config = read_json(self.folder / "scheduler" / "scheduler_config.json")
         return diffusers.DDIMScheduler.from_config(config, clip_sample=False)
-
-    def embedders(self):
-        """The label embedder of each block."""
-        return [block.norm1.emb.class_embedder for block in self.network.transformer_blocks]
 
     def __call__(self, x_t, t, prompt):
         with self.autocast():
@@ -71,7 +77,7 @@ class DiT(Generator):
         """-> (label embeddings [B, blocks, D],)."""
         ids = class_ids(self.folder / "model_index.json", self.names, texts, self.classes)
         ids = torch.tensor(ids, device=self.device)
-        rows = [embedder.embedding_table(ids) for embedder in self.embedders()]
+        rows = [embedder.embedding_table(ids) for embedder in label_embedders(self.network)]
         return (torch.stack(rows, 1),)
 
     def picture(self, latents):

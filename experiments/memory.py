@@ -45,7 +45,9 @@ from torch.utils._pytree import tree_iter
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import bases  # noqa: E402
 from bases import edm2, sit  # noqa: E402
+from bases.dit import take_embeddings  # noqa: E402
 from bases.lora import add_lora  # noqa: E402
+from bases.packed import pack  # noqa: E402
 from support import flags  # noqa: E402
 from support.averages import EMA_LENGTHS  # noqa: E402
 
@@ -67,6 +69,19 @@ UNET = {
     "block_out_channels": (320, 640, 1280, 1280),
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
+}
+UNET_XL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }
 MMDIT = {
     "sample_size": 128,
@@ -98,7 +113,7 @@ IN_FLOAT32 = (
 @dataclass
 class Args:
     # what is counted
-    bases: str = "sd15,sd35-1024,sd35-512,sit,edm2"
+    bases: str = "sd15,sdxl,sd35-1024,sd35-512,flux-1024,flux-512,qwen-1024,dit,sit,edm2"
     """of these"""
     lora: int = 32
     """rank; the other rows train all weights"""
@@ -229,6 +244,43 @@ def call_mmdit(network, x, t, text, pooled):
     return network(x, text, pooled, t, return_dict=False)[0]
 
 
+def call_unet_xl(network, x, t, text, pooled):
+    added = {"text_embeds": pooled, "time_ids": x.new_ones(len(x), 6)}
+    return network(x, t, text, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def call_flux(network, x, t, text, pooled):
+    tokens = pack(x)
+    places = x.new_zeros(tokens.shape[1], 3)
+    text_places = x.new_zeros(text.shape[1], 3)
+    return network(
+        tokens,
+        text,
+        pooled,
+        t,
+        img_ids=places,
+        txt_ids=text_places,
+        guidance=t,
+        return_dict=False,
+    )[0]
+
+
+def call_qwen(network, x, t, text):
+    grid = (1, x.shape[2] // 2, x.shape[3] // 2)
+    return network(
+        pack(x),
+        encoder_hidden_states=text,
+        encoder_hidden_states_mask=None,
+        timestep=t,
+        img_shapes=[[grid]] * len(x),
+        return_dict=False,
+    )[0]
+
+
+def call_dit(network, x, t, labels):
+    return network(x, t, labels, return_dict=False)[0]
+
+
 def call_sit(network, x, t, label):
     return network(x, t, label)
 
@@ -238,6 +290,8 @@ def call_edm2(network, x, t, label):
 
 
 def decode(vae, latents):
+    if type(vae).__name__ == "AutoencoderKLQwenImage":
+        latents = latents[:, :, None]  # a video of one frame
     return vae.decode(latents, return_dict=False)[0]
 
 
@@ -245,32 +299,49 @@ def open_base(name):
     """-> Base; name is one of Args.bases."""
     import diffusers
 
-    channels = 4
+    family, _, pixels = name.partition("-")
     with torch.device("meta"):
-        if name == "sd15":
-            side = 64
-            network = diffusers.UNet2DConditionModel(**UNET)
-            embeddings = [(77, 768)]
-            call = call_unet
-        elif name.startswith("sd35"):
-            pixels = int(name.split("-")[1])
-            side = pixels // 8
-            channels = 16
-            network = diffusers.SD3Transformer2DModel(**MMDIT)
-            embeddings = [(333, 4096), (2048,)]
-            call = call_mmdit
-        elif name == "sit":
-            side = 32
-            network = sit.SiT(32, 2, 4, *sit.SIZES["XL"], 1000)
-            embeddings = [(1152,)]
-            call = call_sit
-        else:  # EDM2-S for ImageNet-512
-            side = 64
-            network = edm2.EDM2(64, 4, 1000, 192, [1, 2, 3, 4], 3, [16, 8])
-            embeddings = [(768,)]
-            call = call_edm2
-        vae = diffusers.AutoencoderKL(**VAE, latent_channels=channels)
-    return Base(network.eval(), (channels, side, side), embeddings, call, vae.eval())
+        if family == "qwen":
+            vae = diffusers.AutoencoderKLQwenImage()
+        else:
+            channels = 16 if family in ("sd35", "flux") else 4
+            vae = diffusers.AutoencoderKL(**VAE, latent_channels=channels)
+        network, shape, embeddings, call = open_network(family, int(pixels or 512) // 8)
+    return Base(network.eval(), shape, embeddings, call, vae.eval())
+
+
+def open_network(family, side):
+    """-> network, shape of a latent, shapes of its prompt's embeddings, how it is called.
+
+    side: of a latent, where the network takes any.
+    """
+    import diffusers
+
+    if family == "sd15":
+        network = diffusers.UNet2DConditionModel(**UNET)
+        return network, (4, 64, 64), [(77, 768)], call_unet
+    if family == "sdxl":
+        network = diffusers.UNet2DConditionModel(**UNET_XL)
+        return network, (4, 128, 128), [(77, 2048), (1280,)], call_unet_xl
+    if family == "sd35":
+        network = diffusers.SD3Transformer2DModel(**MMDIT)
+        return network, (16, side, side), [(333, 4096), (2048,)], call_mmdit
+    if family == "flux":  # dev: its defaults are the published sizes
+        network = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+        return network, (16, side, side), [(512, 4096), (768,)], call_flux
+    if family == "qwen":  # here, too
+        network = diffusers.QwenImageTransformer2DModel()
+        return network, (16, side, side), [(256, 3584)], call_qwen
+    if family == "dit":  # DiT-XL/2 for ImageNet-256; here, too
+        network = diffusers.DiTTransformer2DModel(sample_size=32, out_channels=8)
+        take_embeddings(network)
+        return network, (4, 32, 32), [(28, 1152)], call_dit
+    if family == "sit":
+        network = sit.SiT(32, 2, 4, *sit.SIZES["XL"], 1000)
+        return network, (4, 32, 32), [(1152,)], call_sit
+    # EDM2-S for ImageNet-512
+    network = edm2.EDM2(64, 4, 1000, 192, [1, 2, 3, 4], 3, [16, 8])
+    return network, (4, 64, 64), [(768,)], call_edm2
 
 
 def numbers_in(tensors):

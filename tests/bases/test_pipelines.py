@@ -16,6 +16,7 @@ from small_bases import TEXTS, draw, edit_json, noise, prompts_of, stock_draw, s
 
 import bases
 from bases import packed
+from bases.dit import label_embedders
 from prompting import noised_prompt
 from sampling import predict
 
@@ -229,7 +230,7 @@ def test_prompt_noise_reaches_every_block_of_dit(loaded):
     model = loaded["dit"]
     (labels,) = model.encode(["3", "goldfish"])
     assert labels.shape == (2, 2, 16)  # B texts, 2 blocks
-    tables = [embedder.embedding_table.weight for embedder in model.embedders()]
+    tables = [embedder.embedding_table.weight for embedder in label_embedders(model.network)]
     for block, table in enumerate(tables):
         assert torch.equal(labels[:, block], table[[3, 1]])
     x, t = noise(model.shape, 2), torch.tensor([500.0, 20.0])
