@@ -181,7 +181,8 @@ def _plug_at(source, plug, file=None):
 def _locate_saved_plug(folder):
     """A folder that such a generator has saved -> Location."""
     saved = read_json(folder / "generator.json")
-    plug, path = saved.get("class"), saved.get("path")
+    plug = saved.get("class")
+    path = saved.get("path")
     is_inside = isinstance(path, str) and (path == "." or Path(path).name == path)
     if not isinstance(plug, str) or ":" not in plug or not is_inside:
         raise ValueError(f"{folder / 'generator.json'}: needs a class and a path in this folder")

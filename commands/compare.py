@@ -342,8 +342,9 @@ def table(runs):
 
     names = [name.removeprefix("eval/") for name in metrics]
     columns = ["run", "seeds", *(TITLES.get(name, name) for name in names), *GAINS]
+    count = len(columns)
     lines = ["| " + " | ".join(columns) + " |"]
-    lines.append("|---" * len(columns) + "|")
+    lines.append("|---" * count + "|")
     for label, seeds in runs.items():
         cells = table_row(label, seeds, plain, corner, metrics, x)
         lines.append("| " + " | ".join(cells) + " |")

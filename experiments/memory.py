@@ -190,6 +190,9 @@ def hollow(network):
                 if isinstance(tensor, nn.Parameter):
                     empty = nn.Parameter(empty, tensor.requires_grad)
                 tensors[name] = empty
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor):  # a table that is no buffer
+                setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
     return network
 
 
