@@ -330,3 +330,20 @@ def test_a_base_must_be_named(snapshot, tmp_path):
     path = write(tmp_path / "bare.safetensors", load_file(snapshot))
     with pytest.raises(ValueError, match="bare.safetensors.*--model"):
         tensors.open_checkpoints([str(path)])
+
+
+def test_a_checkpoint_may_be_a_name_with_a_prefix(names, tmp_path):
+    """Its weights are read where they lie, or held in memory where no safetensors hold them."""
+    name, views = tensors.open_checkpoints([names["sit"], names["sit"]])
+    assert name == names["sit"]
+    state = load_file(names["sit"].partition(":")[2])
+    assert_same(views[0], state)
+
+    pickled = tmp_path / "net.pt"
+    torch.save({"ema": state}, pickled)
+    shutil.copytree(Path(names["sit"].partition(":")[2]).parent / "vae", tmp_path / "vae")
+    weights = tensors.open_weights(names["sit"])
+    network = bases.load(names["sit"]).network
+    held = tensors.open_weights(f"sit:{pickled}", network)
+    assert isinstance(held, tensors.Held) and isinstance(weights, tensors.Weights)
+    assert tensors.fingerprint(held) == tensors.fingerprint(weights)
