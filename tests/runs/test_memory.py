@@ -163,7 +163,7 @@ def test_more_memory_fits_more():
 
 
 @pytest.mark.parametrize(
-    "flags, words", [("--bases sd15,sdxl", "'sdxl'"), ("--lora 0 --steps 1", "--lora 0")]
+    "flags, words", [("--bases sd15,sd21", "'sd21'"), ("--lora 0 --steps 1", "--lora 0")]
 )
 def test_mistakes_are_one_line(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
