@@ -306,8 +306,11 @@ def test_evaluation_falls_back_on_the_prompts_of_training(check, tiny, tmp_path)
     args, prompts = checks.check_eval(images, evaluation.Args("images", [str(model)]))
     assert args.prompts == str(model / "prompts.jsonl") and len(prompts) == 30
     (model / "prompts.jsonl").unlink()
-    with pytest.raises(ValueError, match="neither eval_prompts.jsonl nor prompts.jsonl"):
-        checks.check_eval(images, evaluation.Args("images", [str(model)]))
+    line = f"--prompts: {model} has no prompts.jsonl; give a file of prompts"
+    for command, more in (("images", {"out": str(tmp_path / "drawn")}), ("score", {})):
+        default = evaluation.Args(command, [str(model)])
+        with pytest.raises(ValueError, match=f"^{line}$"):
+            checks.check_eval(dataclasses.replace(default, **more), default)
 
 
 def test_labels_are_those_of_the_classifiers(check, refused, tiny, tmp_path):

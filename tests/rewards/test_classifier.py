@@ -62,7 +62,14 @@ def test_classes_size_and_channels_are_those_of_the_config(tmp_path, size, chann
 
 @pytest.mark.parametrize(
     "name, value",
-    [("classes", 1), ("classes", 10.0), ("size", 7), ("channels", 2), ("width", True)],
+    [
+        ("classes", 0),
+        ("classes", 10.0),
+        ("size", 7),
+        ("channels", 2),
+        ("channels", "grey"),
+        ("width", True),
+    ],
 )
 def test_an_impossible_config_is_refused(tmp_path, name, value):
     write_classifier(tmp_path / "reward", width=4, classes=12)
