@@ -214,12 +214,14 @@ def check_guide(args):
 
 def check_multiple(flag, value, prompts, where, least=1):
     """A number of pictures is a multiple of the prompts, `least` each or more."""
-    below = max(value - value % prompts, least * prompts)
+    fewest = least * prompts
+    below = max(value - value % prompts, fewest)
     numbers = f"{below}" if below > value else f"{below} or {below + prompts}"
+    each = f", {least} each at least" if least > 1 else ""
     need(
-        value % prompts == 0 and value >= least * prompts,
-        f"--{flag} {value}: must be a multiple of the {prompts} prompts of {where}, "
-        f"{least} each at least; take {numbers}",
+        value % prompts == 0 and value >= fewest,
+        f"--{flag} {value}: must be a multiple of the {prompts} prompts of {where}{each}; "
+        f"take {numbers}",
     )
 
 
@@ -745,7 +747,7 @@ def check_score(args, default):
         need(
             args.target,
             f"--features {args.features}: {folder} holds no such network; give --target, {KINDS}, "
-            f"and perhaps one of {ANYWHERE} (without it, pixels)",
+            f"and --features, one of {ANYWHERE} (default: pixels)",
         )
         args = dataclasses.replace(args, features="pixels")
 

@@ -101,7 +101,7 @@ def read_config(folder):
             )
         arguments[name] = value
     if arguments["channels"] == 2:
-        raise ValueError("config.json: channels 2 must be 1, grey, or 3")
+        raise ValueError("config.json: channels 2 must be 1 (grey) or 3")
     return arguments
 
 

@@ -520,9 +520,9 @@ MERGE_REFUSED = {
     "ema --out {out}": "ema: needs two or more averages",
     "rl --out {out} --coefficients 1,0": "--coefficients: means nothing to merge.py rl",
     "rl --out {out} --images 31": "--images 31: must be a multiple of the 30 prompts",
-    "rl --out {out} --images 40": "prompts.jsonl, 1 each at least; take 30 or 60",
+    "rl --out {out} --images 40": "prompts.jsonl; take 30 or 60",
     "rl --out {out} --reference 29": "--reference 29: must be a multiple of the 30 prompts",
-    "rl --out {out} --report_images 5001": "1 each at least; take 5000 or 5010",
+    "rl --out {out} --report_images 5001": "take 5000 or 5010",
     "rl --out {out} --features pixels": "--features pixels: needs --target",
     "rl --out {out} --guidance nan": "--guidance nan: must be a finite number",
 }
