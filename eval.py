@@ -65,7 +65,8 @@ class Args:
 
     # images and score
     n: int = 0
-    """pictures, a multiple of the prompts (default: 1000 of a model, all of a folder or .npz)"""
+    """pictures, a multiple of the prompts (default: 1000 of a model, or the next multiple; all of a
+    folder or .npz)"""
     prompts: str = ""
     """what is drawn (default: the model folder's eval_prompts.jsonl, or else its prompts.jsonl; of
     pictures: as when drawn)"""
@@ -88,7 +89,8 @@ class Args:
     reward: str = ""
     """rewards to report, as train.py's (default: class, where the folder has its classifier)"""
     features: str = "evaluator"
-    """measured in: evaluator, reward, pixels, inception:FILE, dinov2, clip, module:function"""
+    """measured in: evaluator, reward, pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL],
+    module:function (default: evaluator where the model folder has it, else pixels)"""
     target: str = ""
     """real pictures, folder or idx file, or .npz of moments (default: the model folder's)"""
     resamples: int = 200

@@ -90,7 +90,8 @@ class Args:
     target: str = ""
     """real pictures of the search (default: one half of them, the model folder's real-1.npz)"""
     images: int = 210
-    """pictures of each coefficient vector; a multiple of the prompts"""
+    """pictures of each coefficient vector; a multiple of the prompts, to which the default rises,
+    as do those of --reference and --report_images"""
     reference: int = 1050
     """M, pictures of the mean's in the reference set, of which `images` are replaced"""
     prompts: str = ""

@@ -23,19 +23,22 @@ from bases.files import PIPELINES, copied_folders, locate
 from bases.tensors import open_checkpoints
 from commands.compare import alignment_of, grid_files, open_runs
 from commands.picture_sets import (
+    DRAWN,
     choose,
+    evaluation_prompts,
     open_pictures,
-    own_prompts,
     parts_of,
     read_sidecar,
+    risen,
     settings,
     sidecar,
+    training_prompts,
 )
 from prompting import read_prompts
 from rewards import DISTRIBUTION, check_labels, check_reward, needs_labels, parse
 from rewards.classifier import check_classifier
 from rewards.features import ANYWHERE, TINY, check_features
-from rewards.targets import check_judge, check_real, check_target, target_path
+from rewards.targets import KINDS, check_judge, check_real, check_target, target_path
 from sampling import VP
 from support import compiling, files
 from support.averages import sweep
@@ -211,34 +214,45 @@ def check_guide(args):
 
 def check_multiple(flag, value, prompts, where, least=1):
     """A number of pictures is a multiple of the prompts, `least` each or more."""
-    below = max(value - value % prompts, least * prompts)
+    fewest = least * prompts
+    below = max(value - value % prompts, fewest)
     numbers = f"{below}" if below > value else f"{below} or {below + prompts}"
+    each = f", {least} each at least" if least > 1 else ""
     need(
-        value % prompts == 0 and value >= least * prompts,
-        f"--{flag} {value}: must be a multiple of the {prompts} prompts of {where}, "
-        f"{least} each at least; take {numbers}",
+        value % prompts == 0 and value >= fewest,
+        f"--{flag} {value}: must be a multiple of the {prompts} prompts of {where}{each}; "
+        f"take {numbers}",
     )
 
 
-def risen(value, default, prompts):
-    """A number of pictures; its default rises to the next multiple of at most 320 prompts."""
-    if value != default or prompts > 320:
-        return value
-    return -(-value // prompts) * prompts
-
-
-def label_classes(folder, names):
-    """How many classes the classifiers `names` of a model folder know: labels end below it.
+def label_classes(folders):
+    """How many classes the classifiers in these folders know: labels end below it.
 
     Raises ValueError where they do not agree.
     """
-    known = {name: check_classifier(folder / name)["classes"] for name in names}
+    known = [check_classifier(folder)["classes"] for folder in folders]
+    words = [f"{folder.name}/ knows {count} classes" for folder, count in zip(folders, known)]
     need(
-        len(set(known.values())) == 1,
-        f"{folder}: {' and '.join(f'{name}/ knows {n} classes' for name, n in known.items())}; "
-        "give classifiers of the same classes",
+        len(set(known)) == 1,
+        f"{folders[0].parent}: {' and '.join(words)}; give classifiers of the same classes",
     )
-    return next(iter(known.values()))
+    return known[0]
+
+
+def check_asked_labels(args, judge, prompts, eval_prompts, eval_file):
+    """The prompts name classes of the classifiers that are asked about them.
+
+    The reward asks about all prompts; the judge, whose folder may be missing, about eval_prompts.
+    """
+    reward = judge.parent / "reward"
+    asked = [judge] if judge.is_dir() else []
+    if needs_labels(args.reward) and reward not in asked:
+        asked.append(reward)
+    if asked:
+        classes = label_classes(asked)
+        check_labels(eval_prompts, eval_file, classes)
+    if needs_labels(args.reward):
+        check_labels(prompts, args.prompts, classes)
 
 
 def prices_sets(reward):
@@ -286,12 +300,12 @@ def check(args, default):
         chosen = "reward" if (folder / "reward").is_dir() else "pixels"
         args = dataclasses.replace(args, diversity_features=chosen)
     check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
-    check_shard(args, process_count())
     compiling.check_sizes(args, process_count(), stochastic_steps(args))
     check_guide(args)
     check_reward(args.reward, folder)
     check_networks(args, changed, folder)
     args, prompts, eval_prompts = check_prompts(args, default, folder)
+    check_shard(args, process_count())
     check_out(args.out, args.model)
     files.open_run(args.out, vars(args), FREE)
     return args, prompts, eval_prompts
@@ -414,26 +428,12 @@ def check_networks(args, changed, folder):
             f"--{name} {getattr(args, name)}: means nothing where --reward, {args.reward}, "
             "names neither fid nor kid",
         )
-    used = ["features"] if prices else []
-    for flag in [*used, "diversity_features"]:
-        check_there(flag, getattr(args, flag), folder)
     if prices:
         check_distribution(args, folder)
     if args.diversity_features != "latents":
         check_features(args.diversity_features, folder, "diversity_features")
     if (folder / "evaluator").is_dir():
         check_judge(folder / "evaluator")
-
-
-def check_there(flag, name, folder):
-    """A feature network that the model folder holds is there."""
-    choices = ANYWHERE
-    if flag == "diversity_features":
-        choices = f"latents, {ANYWHERE}"
-    need(
-        name not in TINY or (folder / name).is_dir(),
-        f"--{flag} {name}: {folder} holds no such network; give one of {choices}",
-    )
 
 
 def check_distribution(args, folder):
@@ -456,30 +456,20 @@ def check_distribution(args, folder):
 
 def check_prompts(args, default, folder):
     """-> args with both prompt files named, prompts, evaluation prompts."""
-    own = folder / "prompts.jsonl"
-    own_eval = folder / "eval_prompts.jsonl"
-    need(
-        args.prompts or own.is_file(),
-        f"--prompts: {folder} has no prompts.jsonl; give a file of prompts",
-    )
-    args = dataclasses.replace(args, prompts=args.prompts or str(own))
-    if not args.eval_prompts:
-        chosen = str(own_eval) if own_eval.is_file() else args.prompts
-        args = dataclasses.replace(args, eval_prompts=chosen)
+    file = training_prompts(args.prompts, folder)
+    eval_file = args.eval_prompts or evaluation_prompts(file, folder)
+    args = dataclasses.replace(args, prompts=file, eval_prompts=eval_file)
+    prompts = read_prompts(file)
+    eval_prompts = read_prompts(eval_file)
 
-    prompts = read_prompts(args.prompts)
-    eval_prompts = read_prompts(args.eval_prompts)
-    # Without a judge, rewards and --diversity_features judge.
-    asked = ["evaluator"] if (folder / "evaluator").is_dir() else []
-    if needs_labels(args.reward):
-        asked.append("reward")
-    if asked:
-        classes = label_classes(folder, asked)
-        check_labels(eval_prompts, args.eval_prompts, classes)
-    if needs_labels(args.reward):
-        check_labels(prompts, args.prompts, classes)
+    judge = folder / "evaluator"  # without it, rewards and --diversity_features judge
+    if prices_sets(args.reward) and args.features == "evaluator":
+        judge = folder / "reward"
+    check_asked_labels(args, judge, prompts, eval_prompts, eval_file)
+
     count = len(eval_prompts)
-    images = risen(args.eval_images, default.eval_images, count)
+    equal_work = process_count() if args.shard else 1
+    images = risen(args.eval_images, default.eval_images, count, equal_work)
     args = dataclasses.replace(args, eval_images=images)
     check_multiple("eval_images", images, count, args.eval_prompts, least=2)
     return args, prompts, eval_prompts
@@ -581,33 +571,28 @@ def check_search(args, default, folder):
     """merge.py rl -> args with defaults filled in, prompts, evaluation prompts."""
     check_guide(args)
     check_reward(args.reward, folder)
+    prices = prices_sets(args.reward)
+    if prices:
+        D = check_features(args.features, folder)
+        target_path(args.target, args.features, folder)  # raises where --target is needed
     half = folder / args.features
     args = dataclasses.replace(
         args,
         target=args.target or str(half / "real-1.npz"),
         report_target=args.report_target or args.target or str(half / "real-2.npz"),
-        prompts=args.prompts or str(folder / "prompts.jsonl"),
+        prompts=training_prompts(args.prompts, folder),
     )
-    if prices_sets(args.reward):
-        D = check_features(args.features, folder)
+    if prices:
         for path in (args.target, args.report_target):
             check_target(Path(path), D, need_pictures="kid" in parse(args.reward))
     judge = folder / ("reward" if args.features == "evaluator" else "evaluator")
     if judge.is_dir():
         check_judge(judge, "real-2.npz")
 
-    own = folder / "eval_prompts.jsonl"
-    eval_file = str(own) if own.is_file() else args.prompts
+    eval_file = evaluation_prompts(args.prompts, folder)
     prompts = read_prompts(args.prompts)
     eval_prompts = read_prompts(eval_file)
-    asked = [judge.name] if judge.is_dir() else []
-    if needs_labels(args.reward) and "reward" not in asked:
-        asked.append("reward")
-    if asked:
-        classes = label_classes(folder, asked)
-        check_labels(eval_prompts, eval_file, classes)
-    if needs_labels(args.reward):
-        check_labels(prompts, args.prompts, classes)
+    check_asked_labels(args, judge, prompts, eval_prompts, eval_file)
 
     multiples = {
         "images": (len(prompts), args.prompts),
@@ -708,14 +693,11 @@ def check_images(args):
     """eval.py images -> args, prompts. --out is new, or was begun by the same command."""
     folder = bases.check(args.inputs[0])
     out = Path(args.out)
-    args = dataclasses.replace(
-        args,
-        n=args.n or 1000,
-        model=args.inputs[0],
-        prompts=args.prompts or own_prompts(folder),
-    )
+    file = args.prompts or evaluation_prompts("", folder)
+    args = dataclasses.replace(args, model=args.inputs[0], prompts=file)
     check_sampling(args.model, steps=args.steps)
-    prompts = read_prompts(args.prompts)
+    prompts = read_prompts(file)
+    args = dataclasses.replace(args, n=args.n or risen(DRAWN, DRAWN, len(prompts)))
     choose(args.n, args.n, len(prompts), args.prompts)
 
     if sidecar(out).is_file():
@@ -761,7 +743,12 @@ def check_score(args, default):
         )
     folder = bases.check(args.model or sets[0].model or "assets/tiny")
     check_comparable(sets)
-    if not (folder / "evaluator").is_dir() and args.features == default.features and args.target:
+    if args.features == default.features and not (folder / "evaluator").is_dir():
+        need(
+            args.target,
+            f"--features {args.features}: {folder} holds no such network; give --target, {KINDS}, "
+            f"and --features, one of {ANYWHERE} (default: pixels)",
+        )
         args = dataclasses.replace(args, features="pixels")
 
     has_prompts = all(pictures.prompts for pictures in sets)
@@ -806,9 +793,9 @@ def check_score_networks(args, folder, sets, has_labels):
     """The networks that see the pictures can be loaded, and can see pictures of their size."""
     asks_reward_classifier = bool(args.reward) and needs_labels(args.reward)
     asks_evaluator = has_labels and (folder / "evaluator").is_dir()
-    asked = ["evaluator"] if asks_evaluator else []
+    asked = [folder / "evaluator"] if asks_evaluator else []
     if asks_reward_classifier:
-        asked.append("reward")
+        asked.append(folder / "reward")
     if args.reward:
         check_reward(args.reward, folder)
         need(
@@ -816,22 +803,21 @@ def check_score_networks(args, folder, sets, has_labels):
             f"--reward {args.reward}: fid and kid come with --target; name others",
         )
     if asked:
-        check_labels(sets[0].prompts, args.prompts or sets[0].name, label_classes(folder, asked))
-    check_there("features", args.features, folder)
+        check_labels(sets[0].prompts, args.prompts or sets[0].name, label_classes(asked))
     D = check_features(args.features, folder)
     target = target_path(args.target, args.features, folder)
     if args.features in TINY:
         check_real(folder / args.features / "real.npz")
     check_target(target, D)
 
-    if args.features in TINY and args.features not in asked:
-        asked.append(args.features)
-    for name in asked:
-        side = check_classifier(folder / name)["size"]
+    if args.features in TINY:
+        asked.append(folder / args.features)
+    for classifier in asked:
+        side = check_classifier(classifier)["size"]
         for pictures in sets:
             size = " x ".join(map(str, pictures.size or ()))
             need(
                 pictures.size in (None, (side, side)),
-                f"{pictures.name}: pictures of {size}, and {folder / name} sees {side} x {side}; "
+                f"{pictures.name}: pictures of {size}, and {classifier} sees {side} x {side}; "
                 "choose other --features, and --prompts without labels",
             )

@@ -10,6 +10,7 @@ Left out: latents, and pictures of several sizes in one npz.
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from sampling import sample, seeded_noise
 from support import files, flags, processes
 
 EVAL_STREAM = 2  # keeps the evaluation's noise apart from the training's
+DRAWN = 1000  # pictures of a model, without --n
 
 # Files that mark a model folder, which may also hold pictures.
 MODEL_FILES = ("model_index.json", "sit.safetensors", "edm2.safetensors", "generator.json")
@@ -37,18 +39,32 @@ MODEL_FILES = ("model_index.json", "sit.safetensors", "edm2.safetensors", "gener
 # Shapes: N pictures of P prompts, n of each, in this order; B pictures of one forward.
 
 
-def own_prompts(folder):
-    """The prompts that a model folder is evaluated on: the path of a file in it.
+def training_prompts(prompts, folder):
+    """The file to train on: --prompts, or else the model folder's prompts.jsonl.
 
-    eval_prompts.jsonl, or else those it is trained on. Raises ValueError if it has neither.
+    Raises ValueError, in one line, if there is neither.
     """
-    for name in ("eval_prompts.jsonl", "prompts.jsonl"):
-        if (folder / name).is_file():
-            return str(folder / name)
-    raise ValueError(
-        f"--prompts: {folder} has neither eval_prompts.jsonl nor prompts.jsonl; "
-        "give a file of prompts"
-    )
+    own = folder / "prompts.jsonl"
+    if not prompts and not own.is_file():
+        raise ValueError(f"--prompts: {folder} has no prompts.jsonl; give a file of prompts")
+    return prompts or str(own)
+
+
+def evaluation_prompts(prompts, folder):
+    """The file to evaluate on: the model folder's eval_prompts.jsonl, or else that of training."""
+    own = folder / "eval_prompts.jsonl"
+    return str(own) if own.is_file() else training_prompts(prompts, folder)
+
+
+def risen(value, default, prompts, processes=1):
+    """A number of pictures; its default rises to the next multiple of at most 320 prompts.
+
+    And of the processes, where their work must be equal.
+    """
+    if value != default or prompts > 320:
+        return value
+    step = math.lcm(prompts, processes)
+    return math.ceil(value / step) * step
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,7 +282,7 @@ def open_pictures(args, name):
         raise ValueError(
             f"{name}: neither pictures (a folder, or an .npz with arr_0) nor a model ({error})"
         ) from None
-    return drawn_pictures(args, name, args.prompts or own_prompts(folder))
+    return drawn_pictures(args, name, args.prompts or evaluation_prompts("", folder))
 
 
 def npz_pictures(args, name):
@@ -329,7 +345,7 @@ def load_pictures(picture, numbers):
 def drawn_pictures(args, name, prompt_file):
     """The pictures of a model, which draws them when they are read."""
     prompts = read_prompts(prompt_file)
-    total = args.n or 1000
+    total = args.n or risen(DRAWN, DRAWN, len(prompts))
     choose(total, total, len(prompts), prompt_file)
 
     def read(numbers, device):

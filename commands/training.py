@@ -60,7 +60,9 @@ def open_setup(args, prompts, eval_prompts, device):
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
         diversity_features = None
         if args.diversity_features != "latents":
-            diversity_features = load_features(args.diversity_features, model.folder, device)
+            diversity_features = load_features(
+                args.diversity_features, model.folder, device, "diversity_features"
+            )
         reference_set = None
         if reward.distribution:
             reference_set = empty_reference_set(args, model, reward.distribution)

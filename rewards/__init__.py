@@ -193,15 +193,15 @@ def check_has_classifier(spec, folder):
 
 
 def check_labels(prompts, where, classes):
-    """Raises ValueError unless every prompt has a label: class, margin and ink need it.
+    """Raises ValueError unless every prompt has a label: classifiers ask for it.
 
-    where: the file of the prompts, for the message; classes: how many the classifier knows.
+    where: the file of the prompts, for the message; classes: how many the classifiers know.
     """
     for line, prompt in enumerate(prompts, 1):
         label = prompt.metadata.get("label")
         if type(label) is not int or not 0 <= label < classes:
             raise ValueError(
-                f'{where}:{line}: the reward needs a "label" from 0 to {classes - 1} '
+                f'{where}:{line}: the classifier needs a "label" from 0 to {classes - 1} '
                 f"beside the prompt, and finds {label!r}"
             )
 
@@ -243,7 +243,7 @@ class JpegTerm:
 class OwnTerm:
     """Your own function, which may write on its arguments: it gets copies.
 
-    It returns a tensor, an array or a list of B numbers. Raises TypeError for anything else.
+    It returns a tensor, an array or a list of B numbers. Raises NotNumbers for anything else.
     """
 
     def __init__(self, module, name):
@@ -252,7 +252,7 @@ class OwnTerm:
     def __call__(self, images, prompts, metadata):
         copies = [dict(entry) for entry in metadata]
         result = self.function(images.clone(), list(prompts), copies)
-        return own_numbers(result, f"[{len(images)}], one number a picture")
+        return own_numbers(result, f"of {len(images)} numbers, one for each picture")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ class Reward:
             if score.shape != (len(images),):
                 raise FloatingPointError(
                     f"the reward {key} returned the shape {tuple(score.shape)} "
-                    f"for {len(images)} pictures; return [{len(images)}]"
+                    f"for {len(images)} pictures; return one number for each"
                 )
             if not score.isfinite().all():
                 raise FloatingPointError(f"the reward {key} returned a non-finite number")

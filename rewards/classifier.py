@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         self.classes = classes
         self.size = size
         self.channels = channels
-        side = size // 2 // 2 // 2
+        side = size // 8  # after three halvings
         self.trunk = nn.Sequential(
             *block(channels, width),
             *block(width, 2 * width),
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
 # Its files.
 
 
-# What config.json may say: the smallest and the largest value, and what stands for none.
+# What config.json may say: the smallest value, the largest, and the default.
 SIZES = {
     "width": (1, 4096, None),
     "classes": (2, 10**6, 10),
@@ -95,10 +95,13 @@ def read_config(folder):
     arguments = {}
     for name, (low, high, default) in SIZES.items():
         value = config.get(name, default)
-        is_possible = type(value) is int and low <= value <= high
-        if not is_possible or (name == "channels" and value == 2):
-            raise ValueError(f"config.json: {name} {value!r} is no number from {low} to {high}")
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(
+                f"config.json: {name} {value!r} must be a whole number from {low} to {high}"
+            )
         arguments[name] = value
+    if arguments["channels"] == 2:
+        raise ValueError("config.json: channels 2 must be 1 (grey) or 3")
     return arguments
 
 

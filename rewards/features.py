@@ -1,7 +1,7 @@
 """Feature networks: functions from images [B, 3, H, W] in [0, 1] to float32 features [B, D].
 
     reward, evaluator   the model folder's own classifiers: D = 64
-    pixels              the image itself, shrunk to 16 x 16 by the mean, minus 0.5: D = 768
+    pixels              no network: the image, shrunk to 16 x 16, minus 0.5: D = 3 * 16 * 16
     inception:FILE      TorchScript Inception-v3, D = 2048: FID (arXiv 1706.08500)
     dinov2[:MODEL]      the class token, D = 1024: FD-DINOv2 (arXiv 2306.04675)
     clip[:MODEL]        the image embedding, D = 768
@@ -24,7 +24,7 @@ from support.files import to_bytes, to_uint8
 # The model folder's own classifiers.
 TINY = ("reward", "evaluator")
 
-# Those that need no file of the model folder, as help writes them.
+# Those that need no file of the model folder, as messages name them.
 ANYWHERE = "pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"
 
 SIDE = 16  # of the images of `pixels`
@@ -61,7 +61,11 @@ HUB = {
 
 def load_function(module, name):
     """Your own function `name` of an importable module. Raises what the import raises."""
-    function = getattr(importlib.import_module(module), name)
+    try:
+        imported = importlib.import_module(module)
+    except SystemExit:  # a script that reads its own command line, for one
+        raise ImportError(f"{module} ends the program when it is imported") from None
+    function = getattr(imported, name)
     if not callable(function):
         raise TypeError(f"{name} is not a function")
     return function
@@ -71,36 +75,55 @@ class NotNumbers(TypeError):
     """Your function returned something that is no tensor, array or list of numbers."""
 
 
-def own_numbers(result, expected):
-    """What your function returned, a tensor, an array or a list -> a tensor.
+def named(value):
+    """What a value is, for messages: a dict, an int, None."""
+    if value is None:
+        return "None"
+    if isinstance(value, np.ndarray):
+        return "an array"
+    name = type(value).__name__
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{article} {name}"
 
-    Raises NotNumbers that names anything else, and the shape `expected`.
+
+def own_numbers(result, expected):
+    """What your function returned, a tensor, an array or a list of numbers -> a tensor.
+
+    Raises NotNumbers that names anything else, and what is `expected`, as in "of 3 numbers".
     """
-    kind = type(result).__name__
+    remedy = f"return a tensor, array or list {expected}"
     if isinstance(result, torch.Tensor):
         return result
-    if isinstance(result, list):
-        result = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in result]
-    elif not isinstance(result, np.ndarray):
-        raise NotNumbers(f"returned a {kind}; return a tensor, an array or a list {expected}")
+    if not isinstance(result, (list, np.ndarray)):
+        raise NotNumbers(f"returned {named(result)}; {remedy}")
+    entries = result
+    if isinstance(result, list):  # perhaps of tensors on a GPU
+        entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in result]
     try:
-        return torch.as_tensor(np.asarray(result, np.float64))
+        array = np.asarray(entries)
+        numbers = array.astype(np.float64, casting="same_kind")  # no texts, nothing complex
     except (TypeError, ValueError):
-        raise NotNumbers(
-            f"returned a {kind} that is not of numbers; "
-            f"return a tensor, an array or a list {expected}"
-        ) from None
+        raise NotNumbers(f"returned {named(result)} that is not of numbers; {remedy}") from None
+    return torch.from_numpy(numbers)
 
 
 def pixels(images):
     """The feature space that needs no network: images [B, C, H, W] in [0, 1] -> [B, C 16 16].
 
-    Shrunk to 16 x 16 by the mean of each area (a smaller side stays as it is), and centred on
-    grey, so that a cosine compares what is brighter and what is darker.
+    Number (c, i, j) is the mean of channel c over the rows from floor(i H / 16) to ceil((i + 1)
+    H / 16) and the columns likewise, minus 0.5: about grey, so that a cosine compares what is
+    brighter with what is darker. A side below 16 stays as it is, and nothing is enlarged.
     """
     height, width = images.shape[2:]
     small = F.adaptive_avg_pool2d(images, (min(SIDE, height), min(SIDE, width)))
     return small.flatten(1) - 0.5
+
+
+def choices(flag):
+    """What --FLAG may name where the model folder has no such network, as a text."""
+    if flag == "diversity_features":
+        return f"latents, {ANYWHERE}"
+    return ANYWHERE
 
 
 def check_features(spec, folder, flag="features"):
@@ -110,6 +133,10 @@ def check_features(spec, folder, flag="features"):
     """
     kind, _, argument = spec.partition(":")
     if spec in TINY:
+        if not (Path(folder) / spec).is_dir():
+            raise ValueError(
+                f"--{flag} {spec}: {folder} holds no such network; give one of {choices(flag)}"
+            )
         check_classifier(Path(folder) / spec)
         return 64
     if spec == "pixels":
@@ -134,10 +161,7 @@ def check_features(spec, folder, flag="features"):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"--{flag} {spec}: {reason}") from None
         return None
-    raise ValueError(
-        f"--{flag} {spec}: none of reward, evaluator, {ANYWHERE}"
-        + (", latents" if flag == "diversity_features" else "")
-    )
+    raise ValueError(f"--{flag} {spec}: none of reward, evaluator, {choices(flag)}")
 
 
 def is_torchscript(path):
@@ -162,10 +186,11 @@ def hub_width(kind, model):
     return getattr(config, HUB[kind].width)
 
 
-def load_features(spec, folder, device="cpu"):
+def load_features(spec, folder, device="cpu", flag="features"):
     """-> a function: images [B, 3, H, W] in [0, 1] -> float32 [B, D].
 
-    It raises FloatingPointError if a feature is not finite or the shape is another.
+    It raises FloatingPointError if a feature is not finite or the shape is another, and
+    RuntimeError if your own function fails; both name --FLAG and its spec.
     Raises ValueError, in one line, if the network cannot be loaded.
     """
     kind, _, argument = spec.partition(":")
@@ -179,11 +204,11 @@ def load_features(spec, folder, device="cpu"):
         elif kind in HUB:
             network = vision(kind, argument or HUB[kind].model, device)
         else:
-            network = own_features(load_function(kind, argument), spec)
+            network = own_features(load_function(kind, argument), f"--{flag} {spec}")
     except Exception as error:  # a library raises another class for each kind of damage
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(
-            f"{spec}: these features cannot be loaded ({reason}); "
+            f"--{flag} {spec}: these features cannot be loaded ({reason}); "
             "fetch the network again, or name another"
         ) from None
 
@@ -192,25 +217,29 @@ def load_features(spec, folder, device="cpu"):
         result = network(images).float()
         if result.dim() != 2 or len(result) != len(images):
             raise FloatingPointError(
-                f"--features {spec} returned the shape {tuple(result.shape)} "
-                f"for {len(images)} pictures; return [{len(images)}, D]"
+                f"--{flag} {spec} returned the shape {tuple(result.shape)} "
+                f"for {len(images)} pictures; return [{len(images)}, D], a row for each picture"
             )
         if not result.isfinite().all():
-            raise FloatingPointError(f"--features {spec} returned a non-finite number")
+            raise FloatingPointError(f"--{flag} {spec} returned a non-finite number")
         return result
 
     return features
 
 
-def own_features(function, spec):
-    """Your function of images -> one that returns a tensor on their device."""
+def own_features(function, name):
+    """Your function of images, called `name` in messages -> one that returns a tensor there."""
 
     def features(images):
         try:
-            result = own_numbers(function(images), f"[{len(images)}, D], a row a picture")
+            result = function(images)
+        except Exception as error:  # of any class
+            raise RuntimeError(f"{name} failed: {type(error).__name__}: {error}") from error
+        expected = f"of the shape [{len(images)}, D], a row for each picture"
+        try:
+            return own_numbers(result, expected).to(images.device)
         except NotNumbers as error:
-            raise FloatingPointError(f"--features {spec} {error}") from None
-        return result.to(images.device)
+            raise FloatingPointError(f"{name} {error}") from None
 
     return features
 

@@ -270,9 +270,12 @@ def load_target(path, network, blank, block=100):
     Collective: call on every process. Images go through the network in the same blocks however
     many processes share them, so any number of processes gives the same bits.
     Raises ValueError, the same on every process, for an image that cannot be read, or where the
-    number of features does not fit.
+    number of features does not fit, or if your own function returns no features.
     """
-    D = network(blank).shape[1]
+    try:
+        D = network(blank).shape[1]
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from None
     device = blank.device
     check_target(path, D)
     if path.suffix == ".npz":

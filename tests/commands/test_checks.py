@@ -306,8 +306,11 @@ def test_evaluation_falls_back_on_the_prompts_of_training(check, tiny, tmp_path)
     args, prompts = checks.check_eval(images, evaluation.Args("images", [str(model)]))
     assert args.prompts == str(model / "prompts.jsonl") and len(prompts) == 30
     (model / "prompts.jsonl").unlink()
-    with pytest.raises(ValueError, match="neither eval_prompts.jsonl nor prompts.jsonl"):
-        checks.check_eval(images, evaluation.Args("images", [str(model)]))
+    line = f"--prompts: {model} has no prompts.jsonl; give a file of prompts"
+    for command, more in (("images", {"out": str(tmp_path / "drawn")}), ("score", {})):
+        default = evaluation.Args(command, [str(model)])
+        with pytest.raises(ValueError, match=f"^{line}$"):
+            checks.check_eval(dataclasses.replace(default, **more), default)
 
 
 def test_labels_are_those_of_the_classifiers(check, refused, tiny, tmp_path):
@@ -323,6 +326,9 @@ def test_labels_are_those_of_the_classifiers(check, refused, tiny, tmp_path):
     check(words, model=model)
     build_classifier(model / "reward", classes=12)
     refused(words, "evaluator/ knows 47 classes and reward/ knows 12 classes", model=model)
+    check(f"{words} --reward jpeg", model=model)  # reward/ is not asked for labels
+    judged_by_reward = "--reward fid --features evaluator --reference 24"
+    refused(f"{words} {judged_by_reward}", 'needs a "label" from 0 to 11', model=model)
 
 
 def build_classifier(folder, width=4, **sizes):
@@ -378,6 +384,26 @@ def test_a_run_folder_of_another_configuration(check, refused, tmp_path, words):
     check("--dry_run", out=out)
     out.rename(tmp_path / "moved")
     check(out=tmp_path / "moved")
+
+
+def test_a_run_of_before_diversity_features_had_no_default_goes_on(check, tmp_path):
+    out = tmp_path / "old"
+    out.mkdir()
+    args, *_ = check(out=out)
+    assert args.diversity_features == "reward"
+    saved = vars(args) | {"diversity_features": "reward"}
+    del saved["check"]
+    (out / "config.json").write_text(json.dumps(saved))
+    check(out=out)
+    check("--diversity_features reward", out=out)
+
+
+def test_a_default_that_is_filled_in_is_not_in_the_name_of_the_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bare_model(tiny, tmp_path)
+    plain = train.Args(model="model", prompts="prompts.txt", reward="jpeg")
+    args, *_ = checks.check(plain, train.Args())
+    assert args.out == "runs/model=model,prompts=prompts.txt,reward=jpeg"
 
 
 def test_a_run_folder_that_cannot_be_used(refused, tmp_path):
@@ -445,6 +471,21 @@ def test_shard_needs_equal_work(refused, monkeypatch, words):
     refused(f"--shard {words}", SHARDED[words])
 
 
+def test_with_shard_a_default_rises_for_the_processes_too(tiny, tmp_path, monkeypatch):
+    model, prompts = bare_model(tiny, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    plain = train.Args(
+        model=str(model),
+        prompts=str(prompts),
+        reward="jpeg",
+        out=str(tmp_path / "run"),
+        prompts_per_step=12,
+        shard=True,
+    )
+    args, *_ = checks.check(plain, train.Args())
+    assert args.eval_images == 752  # 16 * 47: the first from 640 that both divide
+
+
 def test_shard_needs_several_processes_and_weights_that_can_be_dealt(check, refused, monkeypatch):
     refused("--shard", "--shard: one process has nobody to share with")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -479,6 +520,10 @@ MERGE_REFUSED = {
     "ema --out {out}": "ema: needs two or more averages",
     "rl --out {out} --coefficients 1,0": "--coefficients: means nothing to merge.py rl",
     "rl --out {out} --images 31": "--images 31: must be a multiple of the 30 prompts",
+    "rl --out {out} --images 40": "prompts.jsonl; take 30 or 60",
+    "rl --out {out} --reference 29": "--reference 29: must be a multiple of the 30 prompts",
+    "rl --out {out} --report_images 5001": "take 5000 or 5010",
+    "rl --out {out} --features pixels": "--features pixels: needs --target",
     "rl --out {out} --guidance nan": "--guidance nan: must be a finite number",
 }
 
@@ -501,6 +546,44 @@ def test_a_mistake_of_a_merge_is_one_line(two_models, tmp_path, words):
     assert MERGE_REFUSED[words] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert contents(tmp_path) == {}
+
+
+@pytest.fixture(scope="module")
+def bare(tiny, tmp_path_factory):
+    """A base without classifiers, a file of 47 prompts for it, and 800 pictures in a folder."""
+    folder = tmp_path_factory.mktemp("bare")
+    model, prompts = bare_model(tiny, folder)
+    pixels = np.random.default_rng(0).integers(0, 255, (800, 16, 16), dtype=np.uint8)
+    (folder / "pictures").mkdir()
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / "pictures" / f"{number}.png")
+    return SimpleNamespace(model=str(model), prompts=str(prompts), pictures=folder / "pictures")
+
+
+def check_search_of(bare, tmp_path, **flags):
+    """check_merge of merge.py rl on the bare base and a copy of it."""
+    if not (tmp_path / "b").exists():
+        shutil.copytree(bare.model, tmp_path / "b")
+    checkpoints = [bare.model, str(tmp_path / "b")]
+    default = merge.Args("rl", checkpoints)
+    out = str(tmp_path / "merged")
+    return checks.check_merge(dataclasses.replace(default, out=out, **flags), default)
+
+
+def test_the_default_sizes_of_a_search_rise_to_multiples_of_the_prompts(bare, tmp_path):
+    flags = {"prompts": bare.prompts, "features": "pixels", "target": str(bare.pictures)}
+    args, *_ = check_search_of(bare, tmp_path, **flags)
+    assert (args.images, args.reference, args.report_images) == (235, 1081, 5029)
+    with pytest.raises(ValueError, match="^--images 211: .*; take 188 or 235$"):
+        check_search_of(bare, tmp_path, images=211, **flags)
+
+
+def test_a_search_on_a_base_that_holds_nothing_says_what_to_give(bare, tmp_path):
+    line = "--features reward: .*/model holds no such network; give one of pixels, inception:FILE"
+    with pytest.raises(ValueError, match=f"^{line}"):
+        check_search_of(bare, tmp_path)
+    with pytest.raises(ValueError, match="^--prompts: .*/model has no prompts.jsonl; give"):
+        check_search_of(bare, tmp_path, features="pixels", target=str(bare.pictures))
 
 
 def test_a_merge_within_its_base(two_models):
@@ -538,6 +621,44 @@ def test_a_mistake_of_an_evaluation_is_one_line(tiny, tmp_path, words):
     assert EVAL_REFUSED[words] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert contents(tmp_path) == before
+
+
+def test_a_score_on_a_base_without_an_evaluator_is_in_pixels(bare, tmp_path):
+    default = evaluation.Args("score", [bare.model])
+    given = dataclasses.replace(default, prompts=bare.prompts)
+    with pytest.raises(ValueError) as caught:
+        checks.check_eval(given, default)
+    for choice in ("--target", "an idx file", "pixels", "inception:FILE", "module:function"):
+        assert choice in str(caught.value)
+    given = dataclasses.replace(given, target=str(bare.pictures))
+    args, (_, (pictures,)) = checks.check_eval(given, default)
+    assert args.features == "pixels"
+    assert pictures.total == 1034  # of 47 prompts; the default is 1000
+    given = dataclasses.replace(given, features="dinov2:nowhere/nothing")
+    with pytest.raises(ValueError, match="^--features dinov2:nowhere/nothing"):
+        checks.check_eval(given, default)
+
+
+def test_pictures_have_the_size_of_each_classifier_that_is_asked(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    build_classifier(model / "evaluator", classes=47, size=32, channels=3)
+    pixels = np.zeros((20, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "large.npz", arr_0=pixels)
+    (tmp_path / "labelled.jsonl").write_text('{"prompt": "a coat", "label": 46}\n')
+    inputs = [str(tmp_path / "large.npz")]
+    default = evaluation.Args("score", inputs)
+    args = dataclasses.replace(default, model=str(model))
+    checks.check_eval(args, default)  # of 32 x 32, as the evaluator
+    args = dataclasses.replace(args, features="reward")
+    with pytest.raises(ValueError, match="pictures of 32 x 32, and .*/reward sees 28 x 28"):
+        checks.check_eval(args, default)
+    prompts = str(tmp_path / "labelled.jsonl")
+    args = dataclasses.replace(default, model=str(model), prompts=prompts)
+    with pytest.raises(ValueError, match="evaluator/ knows 47 classes and reward/ knows 10"):
+        checks.check_eval(args, default)
+    build_classifier(model / "reward", classes=47, size=32)
+    checks.check_eval(args, default)
 
 
 def test_a_score_in_other_features_needs_no_moments_of_the_evaluator(tiny, tmp_path):

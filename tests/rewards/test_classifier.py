@@ -1,15 +1,20 @@
 """The classifier of a model folder: its layers, its rewards by their definitions, its files."""
 
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import launch, read_metrics, small
 from reward_helpers import IMAGES, METADATA, PROMPTS, TINY, edit_json, refused
 from safetensors.torch import save_file
 
+import eval as evaluation
 import rewards
+from dist_reward import moments
 from rewards import classifier
 
 
@@ -62,7 +67,14 @@ def test_classes_size_and_channels_are_those_of_the_config(tmp_path, size, chann
 
 @pytest.mark.parametrize(
     "name, value",
-    [("classes", 1), ("classes", 10.0), ("size", 7), ("channels", 2), ("width", True)],
+    [
+        ("classes", 0),
+        ("classes", 10.0),
+        ("size", 7),
+        ("channels", 2),
+        ("channels", "grey"),
+        ("width", True),
+    ],
 )
 def test_an_impossible_config_is_refused(tmp_path, name, value):
     write_classifier(tmp_path / "reward", width=4, classes=12)
@@ -124,6 +136,33 @@ def test_logits_are_not_those_of_other_images():
 def test_a_missing_label_names_the_reward():
     with pytest.raises(RuntimeError, match="the reward margin failed: KeyError: 'label'"):
         rewards.Reward("margin", TINY)(IMAGES, PROMPTS, [{}] * 7)
+
+
+@pytest.mark.run
+def test_a_run_with_judges_of_47_classes_in_colour(tiny, tmp_path):
+    """Training, its evaluation and a score of what it made."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    images = torch.rand(100, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    for name in ("reward", "evaluator"):
+        shutil.rmtree(model / name)
+        network = write_classifier(model / name, width=2, classes=47, size=28, channels=3)
+        with torch.no_grad():
+            mu, sigma = moments(network.features(images))
+        np.savez(model / name / "real.npz", mu=mu, sigma=sigma, scale=1.0)
+    rows = [{"prompt": f"a coat {n}", "label": n} for n in (0, 12, 46)]
+    for name in ("prompts.jsonl", "eval_prompts.jsonl"):
+        (model / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    out = tmp_path / "run"
+    launch(small(model, out, "--eval_images", 24, "--iterations", 1))
+    row = read_metrics(out)[-1]
+    chance = math.log(1 / 47)
+    assert abs(row["reward/class"] - chance) < 1 and abs(row["eval/log_prob"] - chance) < 1
+    words = f"score {out / 'model'} --n 24 --resamples 10 --device cpu --out {tmp_path / 's.json'}"
+    evaluation.main(words.split())
+    found = json.loads((tmp_path / "s.json").read_text())["metrics"][str(out / "model")]
+    assert abs(found["log_prob"]["value"] - chance) < 1
 
 
 # --------------------------------------------------------------------------------------------------

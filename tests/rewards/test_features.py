@@ -1,6 +1,7 @@
 """Feature networks against what they are published as, and specs that cannot be loaded."""
 
 import json
+import math
 import os
 import sys
 import zipfile
@@ -14,7 +15,7 @@ from reward_helpers import TINY, as_images, less_than_half_a_byte, noise, rand, 
 
 from dist_reward import frechet_distance, moments
 from rewards.classifier import load_classifier
-from rewards.features import check_features, corner_bilinear, load_features
+from rewards.features import check_features, corner_bilinear, load_features, own_numbers
 
 # --------------------------------------------------------------------------------------------------
 # The model folder's own networks.
@@ -29,7 +30,13 @@ def test_the_classifiers_of_the_model_folder(tmp_path, spec):
     assert torch.equal(features, load_classifier(TINY / spec).features(images))
     with pytest.raises(FloatingPointError, match=spec):
         network(images * float("nan"))
-    refused(lambda: check_features(spec, tmp_path), tmp_path / spec)
+    line = refused(
+        lambda: check_features(spec, tmp_path), f"--features {spec}: {tmp_path} holds no"
+    )
+    choices = "pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"
+    assert line.endswith(f"give one of {choices}")  # and latents is none of --features
+    (tmp_path / spec).mkdir()
+    refused(lambda: check_features(spec, tmp_path), f"{tmp_path / spec}: not a classifier folder")
 
 
 def test_the_two_classifiers_do_not_see_the_same():
@@ -355,6 +362,7 @@ def array(images): return images.flatten(1)[:, :5].double().numpy()
 def rows(images): return [list(row[:5]) for row in images.flatten(1).tolist()]
 def tensors(images): return [row[:5] for row in images.flatten(1)]
 def named(images): return {"features": images.flatten(1)}
+def broken(images): return images @ 0
 """
 
 
@@ -363,6 +371,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "own_features.py").write_text(OWN)
     (tmp_path / "failing_features.py").write_text("raise ImportError('first\\nsecond')")
     (tmp_path / "half_features.py").write_text("def f(:")
+    (tmp_path / "script_features.py").write_text("raise SystemExit(0)")
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("own_features", None)
@@ -382,8 +391,11 @@ def test_a_function_of_ones_own(own, name):
 @pytest.mark.parametrize(
     "name, naming",
     [
-        ("named", "returned a dict; return a tensor, an array or a list [4, D]"),
-        ("flat", "(4,)"),
+        (
+            "named",
+            "returned a dict; return a tensor, array or list of the shape [4, D], a row for each",
+        ),
+        ("flat", "returned the shape (4,) for 4 pictures; return [4, D], a row for each picture"),
         ("short", "(3, 108)"),
         ("nan", "non-finite"),
         ("inf", "non-finite"),
@@ -392,7 +404,49 @@ def test_a_function_of_ones_own(own, name):
 def test_a_function_that_returns_something_else(own, name, naming):
     with pytest.raises(FloatingPointError) as caught:
         load_features(f"own_features:{name}", "")(rand(4, 3, 6, 6))
-    assert f"own_features:{name}" in str(caught.value) and naming in str(caught.value)
+    assert f"--features own_features:{name} " in str(caught.value) and naming in str(caught.value)
+
+
+def test_a_function_of_another_flag_is_named_by_that_flag(own):
+    images = rand(4, 3, 6, 6)
+    flag = "diversity_features"
+    with pytest.raises(FloatingPointError, match="^--diversity_features own_features:named retu"):
+        load_features("own_features:named", "", flag=flag)(images)
+    failing = load_features("own_features:broken", "", flag=flag)
+    with pytest.raises(RuntimeError, match="^--diversity_features own_features:broken failed: "):
+        failing(images)
+
+
+NUMBERS = {
+    "reversed": noise(3)[::-1].astype(np.float64),
+    "booleans": [True, False, True],
+    "arrays": [np.float32(1), np.array(2), 3],
+    "tensors": [torch.tensor(1), torch.tensor(0.5), 2],
+}
+NO_NUMBERS = {
+    "texts of numbers": (["1", "2"], "a list that is not of numbers"),
+    "an array of texts": (np.array(["1"]), "an array that is not of numbers"),
+    "complex": (np.array([1j]), "an array that is not of numbers"),
+    "unequal rows": ([[1, 2], [3]], "a list that is not of numbers"),
+    "dicts": ([{"score": 1}], "a list that is not of numbers"),
+    "none": ([None], "a list that is not of numbers"),
+    "a number": (3, "an int"),
+    "nothing": (None, "None"),
+}
+
+
+@pytest.mark.parametrize("value", NUMBERS.values(), ids=NUMBERS.keys())
+def test_numbers_of_many_kinds(value):
+    found = own_numbers(value, "of 3 numbers")
+    assert found.tolist() == [float(entry) for entry in value]
+
+
+@pytest.mark.parametrize("value, naming", NO_NUMBERS.values(), ids=NO_NUMBERS.keys())
+def test_what_is_not_numbers_is_named(value, naming):
+    with pytest.raises(TypeError) as caught:
+        own_numbers(value, "of 3 numbers")
+    expected = f"returned {naming}; return a tensor, array or list of 3 numbers"
+    assert str(caught.value) == expected
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,6 +463,19 @@ def test_pixels_are_means_of_areas_minus_grey():
     assert check_features("pixels", "") is None
 
 
+def test_pixels_of_a_size_that_16_does_not_divide():
+    images = rand(2, 3, 28, 50)
+    found = load_features("pixels", "")(images)
+    assert found.shape == (2, 3 * 16 * 16) and found.dtype == torch.float32
+    expected = torch.zeros(2, 3, 16, 16)
+    for i in range(16):
+        for j in range(16):
+            rows = slice(math.floor(i * 28 / 16), math.ceil((i + 1) * 28 / 16))
+            columns = slice(math.floor(j * 50 / 16), math.ceil((j + 1) * 50 / 16))
+            expected[:, :, i, j] = images[:, :, rows, columns].mean((2, 3)) - 0.5
+    torch.testing.assert_close(found, expected.flatten(1), atol=1e-6, rtol=0)
+
+
 # --------------------------------------------------------------------------------------------------
 # --features that cannot be loaded.
 
@@ -423,6 +490,7 @@ def test_pixels_are_means_of_areas_minus_grey():
         ("own_features:missing", "missing"),
         ("failing_features:f", "first second"),
         ("half_features:f", "invalid syntax"),
+        ("script_features:f", "script_features ends the program when it is imported"),
         ("dinov2:nobody/no-such-model", ""),
     ],
 )

@@ -436,6 +436,17 @@ def test_a_target_that_does_not_fit_is_refused_when_the_features_are_counted(tmp
     refused(lambda: load_target(path, five, BLANK), path, "4 features")
 
 
+def test_own_features_that_return_something_else_are_refused_before_anything_is_drawn(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "wrong_features.py").write_text("def named(images): return {'a': images}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = "wrong_features:named"
+    network = load_features(spec, "")
+    line = refused(lambda: load_target(TINY / "reward" / "real.npz", network, BLANK))
+    assert line.startswith(f"--features {spec} returned a dict; return a tensor, array or list of")
+
+
 # --------------------------------------------------------------------------------------------------
 # What a distribution-wise reward needs.
 

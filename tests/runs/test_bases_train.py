@@ -309,14 +309,14 @@ def refused(argv, capsys, line):
 @pytest.mark.parametrize(
     "flags, flag",
     [
-        ("--reward jpeg", "diversity_features"),
-        ("--reward fid --diversity_features latents", "features"),
+        ("--reward jpeg --diversity_features reward", "diversity_features"),
+        ("--reward fid", "features"),
     ],
 )
 def test_a_base_without_networks_of_its_own_says_so(names, tmp_path, capsys, flags, flag):
     prompts = write_prompts(tmp_path / "prompts.jsonl", ["a boot"])
     argv = ["--model", names["sd1"], "--prompts", str(prompts), *flags.split(), "--dry_run"]
-    line = f"error: --{flag} reward: {names['sd1']} holds no such network; give another"
+    line = f"error: --{flag} reward: {names['sd1']} holds no such network; give one of"
     refused(argv, capsys, line)
 
 

@@ -146,7 +146,13 @@ def test_recomputation_and_lora_save_memory(monkeypatch, capsys):
         assert on_gpu * 0.75 < gpu * 1024
 
 
-PUBLISHED_MILLIONS = {"sd15": 859.5, "sd35-512": 2243.2, "sit": 674.8, "edm2": 280.2}
+PUBLISHED_MILLIONS = {
+    "sdxl": 2567.5,
+    "sd15": 859.5,
+    "sd35-512": 2243.2,
+    "sit": 674.8,
+    "edm2": 280.2,
+}
 
 
 def test_the_published_sizes():
