@@ -15,8 +15,9 @@ import bases
 from bases.generator import Generator
 from bases.lora import add_lora, export
 from bases.tensors import base_facts, save_snapshots
-from rewards import Reward
-from rewards.features import load_features
+from rewards import DISTRIBUTION, Reward, needs_labels, parse
+from rewards.classifier import check_classifier
+from rewards.features import TINY, load_features
 from rewards.targets import ReferenceSet, open_reference_set
 from sampling import Policy
 from support import compiling, files, flags, guards, processes
@@ -49,6 +50,7 @@ def open_setup(args, prompts, eval_prompts, device):
             args.model, device, args.precision, args.checkpointing, args.decode_batch, args.compile
         )
         check_loaded(args, model)
+        check_sizes_of_judges(args, model)
         texts = [prompt.text for prompt in prompts + eval_prompts]
         model.forget_text_encoders([*texts, ""])
         facts = {}
@@ -109,6 +111,31 @@ def check_loaded(args, model):
             f"--shard: torch deals no weight that is one number, and {args.model} has some; "
             "leave it out"
         )
+
+
+def check_sizes_of_judges(args, model):
+    """The classifiers that are asked see pictures of the size that the model draws.
+
+    Raises ValueError, in one line.
+    """
+    names = {args.diversity_features, "evaluator"}
+    if needs_labels(args.reward):
+        names.add("reward")
+    if any(name in DISTRIBUTION for name in parse(args.reward)):
+        names.add(args.features)
+    folders = [model.folder / name for name in TINY if name in names]
+    folders = [folder for folder in folders if folder.is_dir()]
+    if not folders:
+        return
+    blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
+    height, width = blank.shape[2:]
+    for folder in folders:
+        side = check_classifier(folder)["size"]
+        if (height, width) != (side, side):
+            raise ValueError(
+                f"--model {args.model}: draws pictures of {height} x {width}, and {folder} sees "
+                f"{side} x {side}; give a classifier of their size"
+            )
 
 
 def policy_of(args, model):

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import launch, small
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bases
 import train
 from bases.generator import Generator
 from commands import checks, training
+from rewards.classifier import Classifier
 from sampling import EDM, FLOW
 from support import files, flags
 from support.averages import EMA_LENGTHS, Averages
@@ -81,6 +82,30 @@ def test_the_policy_is_that_of_the_flags(path):
     assert policy.window == range(1, 4)
     assert torch.equal(policy.times, path.times(6))
     assert (policy.eta, policy.kernel, policy.guidance) == (0.3, "ancestral", 2.5)
+
+
+@pytest.mark.parametrize("reward, is_asked", [("class", True), ("jpeg", False)])
+def test_a_classifier_that_is_asked_sees_pictures_of_the_size_that_are_drawn(
+    tmp_path, reward, is_asked
+):
+    (tmp_path / "reward").mkdir()
+    network = Classifier(2, size=32)
+    save_file(network.state_dict(), tmp_path / "reward" / "model.safetensors")
+    (tmp_path / "reward" / "config.json").write_text('{"width": 2, "size": 32}')
+
+    def decode(latents):
+        return torch.zeros(len(latents), 3, 32, 28)
+
+    model = SimpleNamespace(
+        folder=tmp_path, shape=(1, 4, 4), device=torch.device("cpu"), decode=decode
+    )
+    args = train.Args(model="base", reward=reward, diversity_features="latents")
+    if not is_asked:
+        training.check_sizes_of_judges(args, model)
+        return
+    line = "^--model base: draws pictures of 32 x 28, and .*/reward sees 32 x 32; give a classif"
+    with pytest.raises(ValueError, match=line):
+        training.check_sizes_of_judges(args, model)
 
 
 # --------------------------------------------------------------------------------------------------
