@@ -35,6 +35,8 @@ def take_embeddings(network):
     """Makes a network take label embeddings [B, blocks, D] in place of labels [B]."""
     for block, embedder in enumerate(label_embedders(network)):
         embedder.forward = functools.partial(take_embedding, block)
+    # diffusers calls it once more after the last block, for the output layer.
+    network.called_alone = [network.transformer_blocks[0].norm1.emb]
 
 
 class DiT(Generator):

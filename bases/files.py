@@ -47,6 +47,9 @@ LEADING = {
     "timestep_spacing": ("leading",),
     "thresholding": (False,),
 }
+# Of a network that predicts the noise and nothing else, on a path that clips no prediction.
+LEADING_NOISE = LEADING | {"prediction_type": ("epsilon",), "clip_sample": (False,)}
+
 EULER = {
     "use_dynamic_shifting": (False, None),
     "stochastic_sampling": (False,),
@@ -72,7 +75,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": Pipeline("transformer", ("",), EULER, is_flow=True, has_vae=False),
     "FluxPipeline": Pipeline("transformer", ("", "_2"), SHIFTING_EULER, is_flow=True, patch=2),
     "QwenImagePipeline": Pipeline("transformer", ("",), SHIFTING_EULER, is_flow=True, patch=2),
-    "DiTPipeline": Pipeline("transformer", (), LEADING, doubles=True),
+    "DiTPipeline": Pipeline("transformer", (), LEADING_NOISE, doubles=True),
 }
 
 # The kinds whose network no library holds: sit.py, edm2.py.

@@ -4,7 +4,8 @@
 A prompt is what Qwen2.5-VL makes of a template with the text in it: 256 token embeddings, shorter
 ones filled with zeros, and a mask that hides the filling. Guidance keeps the norm: each token of
 the guided v is scaled to the norm of the prompted one, as the stock pipeline does.
-Left out on purpose: texts above 256 tokens (the stock pipeline cuts at 1,024), pictures as prompts.
+Left out on purpose: texts above 256 tokens (the stock pipeline cuts at 512, or 1,024 if told so),
+pictures as prompts.
 """
 
 import torch

@@ -29,7 +29,9 @@ def shard(network):
 
     device_type = next(network.parameters()).device.type
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    for block in (*blocks(network), network):
+    # Of blocks, those parts that the network also calls outside of them.
+    alone = getattr(network, "called_alone", [])
+    for block in (*alone, *blocks(network), network):
         # Without the reshard the root would keep weights that `swapped` has changed since.
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     for module in network.modules():

@@ -81,6 +81,8 @@ def test_pooled_embeddings_take_noise_too(loaded, family):
         ("flux", {"stochastic_sampling": True}, "stochastic_sampling"),
         ("qwen-image", {"invert_sigmas": True}, "invert_sigmas"),
         ("dit", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ("dit", {"prediction_type": "v_prediction"}, "prediction_type"),
+        ("dit", {"clip_sample": True}, "clip_sample"),
     ],
 )
 def test_another_scheduler_is_refused(names, tmp_path, family, change, word):
@@ -196,6 +198,16 @@ def test_the_mask_hides_padding_and_takes_no_noise(loaded):
         # What the padding holds makes no difference.
         filled = torch.where(mask[..., None] == 1, changed, 7.0)
         torch.testing.assert_close(model(x, t, (filled, mask))[0], seen, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_text_is_cut_as_the_stock_pipeline_cuts_it(names, loaded):
+    model = loaded["qwen-image"]
+    text = "a dark coat " * 40  # a token is a byte
+    tokens, mask = model.encode([text])
+    pipeline = stock_pipeline(names["qwen-image"])
+    expected, _ = pipeline.encode_prompt(text, max_sequence_length=256)
+    assert mask.all()
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_texts_are_encoded_the_same_alone_and_together(loaded):

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import random_bases
+import small_bases
 import torch
 from conftest import ROOT, contents, launch, launch_process, read_metrics, read_weights, small
 from safetensors.torch import load_file, save_file
@@ -196,12 +197,19 @@ def build_unet(folder):
     return str(folder / "sd1")
 
 
+def build_dit(folder):
+    """A DiT of random weights -> what --model is. Its forward calls a part of a block alone."""
+    small_bases.build_dit(folder / "dit")
+    return str(folder / "dit")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "build, prompts, saved",
     [
         (build_unet, "a dark coat\na bag\n", "unet/diffusion_pytorch_model.safetensors"),
         (build_sit, "1\n3\n", "sit.safetensors"),
+        (build_dit, "1\n3\n", "transformer/diffusion_pytorch_model.safetensors"),
     ],
 )
 def test_other_bases_can_be_sharded(tmp_path, build, prompts, saved):
