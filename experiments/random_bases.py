@@ -3,9 +3,9 @@
     import random_bases
     random_bases.build("sd1", folder, device)     # a diffusers folder that bases.load reads
 
-sd1 and sd3 have a few million weights, sd15 and sd35 as many as Stable Diffusion 1.5 and 3.5
-medium. The tokenizer is that of assets/tiny. Left out: the T5 of Stable Diffusion 3.5; its tokens
-are then zeros, as in a published folder without it.
+sd1 and sd3 have a few million weights; sd15, sdxl and sd35 as many as Stable Diffusion 1.5, XL and
+3.5 medium, at 512, 1,024 and 512 pixels. The tokenizer is that of assets/tiny. Left out: the T5 of
+Stable Diffusion 3.5; its tokens are then zeros, as in a published folder without it.
 """
 
 from pathlib import Path
@@ -42,6 +42,19 @@ UNETS = {
         "block_out_channels": (320, 640, 1280, 1280),
         "cross_attention_dim": 768,
         "attention_head_dim": 8,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
     },
 }
 TRANSFORMERS = {
@@ -83,9 +96,16 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-CLIP_WIDTHS = {"sd1": (128,), "sd15": (768,), "sd3": (128,), "sd35": (768, 1280)}
+CLIP_WIDTHS = {
+    "sd1": (128,),
+    "sd15": (768,),
+    "sdxl": (768, 1280),
+    "sd3": (128,),
+    "sd35": (768, 1280),
+}
 CLIP_SHAPES = {128: (2, 2), 768: (12, 12), 1280: (20, 32)}  # width: heads, layers
 NAMES = (*UNETS, *TRANSFORMERS)
+REAL = ("sd15", "sdxl", "sd35")  # of published size
 
 
 def build_clip(encoder_class, width):
@@ -114,7 +134,7 @@ def build_vae(base, channels, side):
     """The VAE of a base, for latents [channels, side, side]."""
     import diffusers
 
-    config = LARGE_VAE if base in ("sd15", "sd35") else SMALL_VAE
+    config = LARGE_VAE if base in REAL else SMALL_VAE
     return diffusers.AutoencoderKL(**config, latent_channels=channels, sample_size=8 * side)
 
 
@@ -135,6 +155,26 @@ def build_unet_pipeline(base):
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def build_xl_pipeline():
+    """A Stable Diffusion XL. Weights are drawn in this order: text encoders, VAE, U-Net."""
+    import diffusers
+    import transformers
+
+    width, width_2 = CLIP_WIDTHS["sdxl"]
+    tokenizer, encoder = build_clip(transformers.CLIPTextModel, width)
+    tokenizer_2, encoder_2 = build_clip(transformers.CLIPTextModelWithProjection, width_2)
+    config = UNETS["sdxl"]
+    return diffusers.StableDiffusionXLPipeline(
+        vae=build_vae("sdxl", 4, config["sample_size"]),
+        text_encoder=encoder,
+        text_encoder_2=encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=diffusers.UNet2DConditionModel(**config),
+        scheduler=diffusers.DDIMScheduler(**SCHEDULER),
     )
 
 
@@ -176,8 +216,12 @@ def build(base, folder, device):
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     with torch.device(device):
-        if base in UNETS:
+        if base == "sdxl":
+            pipeline = build_xl_pipeline()
+        elif base in UNETS:
             pipeline = build_unet_pipeline(base)
         else:
             pipeline = build_transformer_pipeline(base)
+    if base in REAL:  # half the file; they are read as float32
+        pipeline.to(torch.bfloat16)
     pipeline.save_pretrained(folder)

@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from evidence import command_line, faster_precision, matrix_rate  # noqa: E402
-from random_bases import NAMES, build  # noqa: E402
+from random_bases import NAMES, REAL, build  # noqa: E402
 
 import bases  # noqa: E402
 import train  # noqa: E402
@@ -144,7 +144,7 @@ def training_flags(base, options, compile):
     """train.py's flags for plain GRPO, as the published loops: no DRIFT, one optimizer step."""
     if base == "tiny":
         kind = "tiny"
-    elif base in ("sd15", "sd35"):
+    elif base in REAL:
         kind = "real"
     else:
         kind = "small"
