@@ -23,10 +23,13 @@ python train.py --out "$out/default" | tail -n 12
 echo "$((SECONDS - start)) s"
 
 echo "== three updates at published sizes"
-timeout 240 python experiments/real_sizes.py --bases "$real"
+timeout 200 python experiments/real_sizes.py --bases "$real"
 
 echo "== against a plain loop"
 timeout 150 python experiments/speed.py --bases "$against" --processes 0 --repeats 2 --guidance 4
+
+echo "== all weights, and compiled"
+timeout 150 python experiments/real_sizes.py --bases "${real%%,*}" --more
 
 echo "== memory, counted"
 cat "$out"/*.txt

@@ -2,9 +2,10 @@
 
     python experiments/real_sizes.py                      # sd15, sdxl and sd35; needs a GPU
     python experiments/real_sizes.py --bases sd1,sd3      # small ones, to try it on a CPU
+    python experiments/real_sizes.py --bases sd15 --more  # all weights, and --compile
 
 A row is one run of train.py on 16 rollouts of four steps, two of them trained, in bfloat16 with
-guidance 4 and a LoRA of rank 32; the first base also with --compile, and with all weights.
+guidance 4 and a LoRA of rank 32, four in a forward.
     first ratio   the largest |ratio - 1| before the first optimizer step
     images/s      of the last rollout, decoded and rewarded
     pairs/s       of the last update
@@ -38,17 +39,19 @@ FLAGS = (
     "--reward jpeg --diversity_features latents --guidance 4 --precision bfloat16 "
     f"--iterations 3 --prompts_per_step {PROMPTS} --group_size {GROUP} --keep {GROUP} "
     f"--steps 4 --window 0:{TRAINED} --eval_images 4 --eval_steps 4 --snapshot_every 0 "
-    "--decode_batch 2 --reward_batch 4 --batch 16"
+    "--decode_batch 2 --reward_batch 4 --batch 4"
 )
-LORA = "--lora 32 --train_batch 2"
+LORA = "--lora 32"
 VARIANTS = (LORA, f"{LORA} --checkpointing")
-MORE_VARIANTS = (f"{LORA} --compile", "--train all --train_batch 2 --checkpointing")
+MORE = ("--train all --checkpointing", f"{LORA} --compile")
 
 
 @dataclass
 class Args:
     bases: str = "sd15,sdxl,sd35"
     """of sd1, sd3, sd15, sdxl, sd35"""
+    more: bool = False
+    """other runs: all weights instead of a LoRA; --compile"""
     seconds: int = 240
     """that one run may take; a longer one is a row that says so"""
 
@@ -127,11 +130,10 @@ def main(argv=None):
             build(name, folder, device)
             (folder / "prompts.txt").write_text("\n".join(speed.TEXTS[:PROMPTS]))
             torch.cuda.empty_cache()
-            variants = VARIANTS + (MORE_VARIANTS if name == names[0] else ())
-            for number, words in enumerate(variants):
+            for number, words in enumerate(MORE if args.more else VARIANTS):
                 rows = run(folder, words, Path(scratch) / f"run{number}", args.seconds)
                 print_run(name, words, rows)
-            if device.type == "cuda":
+            if device.type == "cuda" and not args.more:
                 print_waits(name, folder, device)
                 torch.cuda.empty_cache()
 

@@ -65,7 +65,7 @@ for shade in ("dark", "grey", "light"):
         TEXTS.append(f"{size} {shade} coat")
 
 # Groups, rollouts a group, our --batch and our --train_batch, by the kind of base.
-SIZES = {"tiny": (4, 16, 160, 160), "small": (2, 8, 32, 32), "real": (2, 8, 16, 4)}
+SIZES = {"tiny": (4, 16, 160, 160), "small": (2, 8, 32, 32), "real": (2, 8, 4, 4)}
 
 # Largest relative difference of the loops: other batches round differently.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -106,7 +106,7 @@ class Args:
     steps: int = 3
     """sampling steps; all but the last are stochastic and trained"""
     batch: int = 0
-    """ours, in one forward (0: 160 for tiny, 32 for sd1 and sd3, else 16, and 4 in the update)"""
+    """ours, in one forward (0: 160 for tiny, 32 for sd1 and sd3, else 4)"""
     compile: bool = False
     """compile "ours, tuned", too"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
