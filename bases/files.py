@@ -80,6 +80,7 @@ PIPELINES = {
 
 # The kinds whose network no library holds: sit.py, edm2.py.
 OWN = ("sit", "edm2")
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 PLUG = "plug"  # the kind of a generator of one's own
 
 # What may lie beside the file of such a network, and is saved with it.
@@ -454,6 +455,21 @@ def check_channels(channels, vae):
             f"the network has {channels} channels, and the latents of vae/ have "
             f"{latent_channels}; it belongs to another network"
         )
+
+
+def wrapper_of(names):
+    """What a wrapped model puts before all its names, as DistributedDataParallel and torch.compile
+    do: module. or _orig_mod., perhaps both. Empty for a model that was not wrapped.
+    """
+    wrapper = ""
+    names = list(names)
+    while names:
+        found = [part for part in WRAPPERS if all(name.startswith(part) for name in names)]
+        if not found:
+            break
+        wrapper += found[0]
+        names = [name.removeprefix(found[0]) for name in names]
+    return wrapper
 
 
 def stated_heads(file):

@@ -3,7 +3,7 @@
 A merge asks only for a mapping name -> tensor, so a checkpoint is one of
     Weights    safetensors files as they are
     Held       a network's tensors in memory, where its file is of another kind
-    LoraFile   W + alpha / r B A, from a file of A and B
+    LoraFile   W + scale B A, from a file of A and B (lora_files.py)
     Over       either of them, over the base that it changes
 But for Held, nothing is in memory but the tensor that was asked for. A snapshot carries the
 fingerprint of its base, so that it is never merged into another.
@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import bases
-from bases.files import network_files
+from bases.files import network_files, wrapper_of
+from bases.lora_files import LoraFile, is_lora, lora_in
 from support import files, processes
 from support.sharding import whole
 
@@ -114,54 +115,6 @@ class Over(Mapping):
         return len(self.names)
 
 
-class LoraFile(Mapping):
-    """The tensors that a LoRA file changes: W + alpha / r B A.
-
-    Names are those of diffusers and peft: [part.]layer.lora_A.weight. file and base are Weights.
-    """
-
-    def __init__(self, file, base):
-        self.file = file
-        self.base = base
-        self.facts = file.facts
-        self.layers = {}  # {layer of the base: its name in the file}
-        for name in file:
-            if name.endswith(".lora_A.weight"):
-                in_file = name.removesuffix(".lora_A.weight")
-                in_base = re.sub(r"^(transformer|unet)\.", "", in_file)
-                if in_file + ".weight" in base:
-                    in_base = in_file
-                self.layers[in_base] = in_file
-
-    def names_of(self, name):
-        """The names in the file of what changes a tensor of the base: A, B and alpha."""
-        layer = self.layers[name.removesuffix(".weight")]
-        return layer + ".lora_A.weight", layer + ".lora_B.weight", layer + ".alpha"
-
-    def __getitem__(self, name):
-        name_A, name_B, name_alpha = self.names_of(name)
-        A = self.file[name_A].float()  # [r, in, ...]
-        B = self.file[name_B].float()  # [out, r, ...]
-        alpha = self.file[name_alpha].item() if name_alpha in self.file else len(A)
-        change = alpha / len(A) * (B.flatten(1) @ A.flatten(1))
-        return self.base[name].float() + change.reshape(self.base.shape(name))
-
-    def shape(self, name):
-        """The shape of W if A and B fit it, else theirs, which is no shape of the base."""
-        name_A, name_B, _ = self.names_of(name)
-        A = self.file.shape(name_A)
-        B = self.file.shape(name_B)
-        W = self.base.shape(name) if name in self.base else (None,)
-        fits = (B[0], B[1], math.prod(A[1:])) == (W[0], A[0], math.prod(W[1:]))
-        return W if fits else (B[0], *A, B[1])
-
-    def __iter__(self):
-        return iter(sorted(layer + ".weight" for layer in self.layers))
-
-    def __len__(self):
-        return len(self.layers)
-
-
 # --------------------------------------------------------------------------------------------------
 # Snapshots of a run.
 
@@ -232,6 +185,7 @@ def open_checkpoints(paths, model=""):
     paths: models, snapshots or LoRA files. model: the base (default: what they name).
     Raises ValueError naming what does not fit.
     """
+    paths = [lora_in(path) for path in paths]
     name = model or named_base(paths)
     bases.check(name)
     base = open_weights(name)
@@ -270,9 +224,7 @@ def open_checkpoint(path, base, folder):
     """One checkpoint -> Weights, Held or LoraFile. folder: what the base is called."""
     if not is_model(path):
         weights = Weights([path])
-        if any(name.endswith(".lora_A.weight") for name in weights):
-            return LoraFile(weights, base)
-        return weights
+        return LoraFile(path, weights, base) if is_lora(weights) else weights
     bases.check(path)
     weights = open_weights(path)
     in_one_only = sorted(set(weights) ^ set(base))
@@ -300,27 +252,19 @@ def check_tensors(path, weights, base, folder):
     """A checkpoint holds something, and its tensors have the names and shapes of the base."""
     if not len(weights):
         raise ValueError(f"{path}: holds no tensor")
+    wrapper = wrapper_of(weights)
+    if wrapper:
+        raise ValueError(
+            f"{path}: all its names begin with {wrapper}; save it from the unwrapped model"
+        )
     for name in weights:
         if name not in base:
             raise ValueError(f"{path}: {name} is not in the base {folder}")
-        if isinstance(weights, LoraFile):
-            check_lora(path, name, weights)
         if weights.shape(name) != base.shape(name):
             raise ValueError(
                 f"{path}: {name} has the shape {weights.shape(name)}, "
                 f"the base {folder} {base.shape(name)}"
             )
-
-
-def check_lora(path, name, lora):
-    """A LoRA's layer has its B, and an alpha that is one number if it has any."""
-    _, name_B, name_alpha = lora.names_of(name)
-    if name_B not in lora.file:
-        raise ValueError(f"{path}: {name} has a lora_A without its lora_B")
-    if name_alpha in lora.file:
-        shape = lora.file.shape(name_alpha)
-        if math.prod(shape) != 1:
-            raise ValueError(f"{path}: {name_alpha} has the shape {shape}, and is one number")
 
 
 def facts_of(path, weights):
