@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from bases.files import class_ids, class_names, stated_heads
+from bases.files import class_ids, class_names, stated_heads, wrapper_of
 from bases.generator import Generator, _libraries, _part, from_velocity
 from sampling import Flow
 
@@ -199,6 +199,9 @@ class SiT(nn.Module):
 
 NOT_A_SIT = "not a SiT in the published layout; give another file"
 
+# What SiT's own training calls the only kind of network that is sampled here.
+TRAINED_AS = {"prediction": "velocity", "path_type": "Linear"}
+
 
 def load(path, num_heads=None):
     """The network of a .pt or .safetensors file -> SiT (float32, CPU, eval()), its arguments.
@@ -206,9 +209,7 @@ def load(path, num_heads=None):
     The arguments are those of SiT, as a dict. Draws no random numbers. Raises ValueError as `check`
     does.
     """
-    path = Path(path)
-    state = read_state(path)
-    arguments = arguments_of(path, state, num_heads)
+    state, arguments = read(Path(path), num_heads)
     with torch.device("meta"):
         network = SiT(**arguments)
     network = network.to_empty(device="cpu")
@@ -220,20 +221,25 @@ def check(path, num_heads=None):
     """SiT's arguments, as a dict, for the checkpoint in `path`. No weight is read.
 
     num_heads is in no weight's shape: it follows from the hidden size of a published network, and
-    has to be given for other sizes. Raises ValueError, in one line, for what `load` cannot read.
+    has to be given for other sizes. Raises ValueError, in one line, for what `load` cannot read,
+    and for a network that is no velocity on the linear path.
     """
-    path = Path(path)
-    return arguments_of(path, read_state(path), num_heads)
+    _, arguments = read(Path(path), num_heads)
+    return arguments
 
 
-def read_state(path):
-    """The state dict of a file. Its tensors are mapped: a tensor is read when it is used."""
+def read(path, num_heads):
+    """A file -> its state dict, SiT's arguments. A tensor is read when it is used."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a SiT checkpoint, .pt or .safetensors")
     if path.suffix == ".safetensors":
-        state = read_safetensors(path)
+        state, said = read_safetensors(path)
     else:
-        state = read_torch(path)
+        state, said = read_torch(path), {}
+    if isinstance(state, dict) and "args" in state:
+        said = state["args"]
+        said = vars(said) if isinstance(said, argparse.Namespace) else said
+    check_training(path, said)
     if isinstance(state, dict) and "ema" in state:
         state = state["ema"]
     if not is_state_dict(state):
@@ -241,13 +247,60 @@ def read_state(path):
             f"{path}: holds no state dict of float tensors, plain or under the key ema; "
             "give a SiT checkpoint"
         )
-    return state
+    wrapper = wrapper_of(state)
+    state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    arguments = arguments_of(path, state, num_heads)
+    check_architecture(path, said, arguments)
+    return state, arguments
+
+
+def check_training(path, said):
+    """Refuses a file whose own flags say that it is no velocity on the linear path.
+
+    said: the flags that SiT's training saves. Files that its authors publish have none.
+    """
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: its args are no table of flags; {NOT_A_SIT}")
+    if not said:
+        return
+    if not str(said.get("model")).startswith("SiT"):
+        raise ValueError(f"{path}: says model {said.get('model')!r}; known here: SiT")
+    for name, known in TRAINED_AS.items():
+        if said.get(name) != known:
+            raise ValueError(f"{path}: says {name} {said.get(name)!r}; known here: {known!r}")
+
+
+def check_architecture(path, said, arguments):
+    """Refuses a file whose flags say another architecture than its weights have.
+
+    arguments: those of SiT, by the weights.
+    """
+    size, _, patch = str(said.get("model", "")).removeprefix("SiT-").partition("/")
+    expected = {}
+    if size in SIZES and patch.isdecimal():
+        hidden_size, _, heads = SIZES[size]
+        expected |= {"patch_size": int(patch), "hidden_size": hidden_size, "num_heads": heads}
+    if isinstance(said.get("image_size"), int):
+        expected["input_size"] = said["image_size"] // 8  # of a latent
+    if isinstance(said.get("num_classes"), int):
+        expected["num_classes"] = said["num_classes"]
+    for name, value in expected.items():
+        if arguments[name] != value:
+            raise ValueError(
+                f"{path}: says {name} {value}, and its weights have {arguments[name]}; "
+                "give the file as it was trained"
+            )
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file. Raises ValueError."""
+    """{name: tensor} of a .safetensors file, and flags of its training, if it has any."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+        said = {}
+        if facts.keys() & {"model", *TRAINED_AS}:
+            said = {"model": "SiT"} | TRAINED_AS | facts
+        return load_file(path), said
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: truncated or not a safetensors file ({error}); copy it again"

@@ -306,9 +306,49 @@ def test_sizes_that_do_not_fit_are_refused():
 def save_training(state, path):
     """What SiT's own training writes; the averaged weights are those to read."""
     optimizer = {"state": {}, "param_groups": [{"lr": 1e-4}]}
-    flags = argparse.Namespace(model="SiT-S/2", epochs=80)
+    flags = argparse.Namespace(
+        model="SiT-small", prediction="velocity", path_type="Linear", epochs=80
+    )
     other = {name: value + 1 for name, value in state.items()}
     torch.save({"model": other, "ema": state, "opt": optimizer, "args": flags}, path)
+
+
+SAID = {"model": "SiT-small", "prediction": "velocity", "path_type": "Linear"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prediction": "noise"}, "prediction 'noise'; known here: 'velocity'"),
+        ({"prediction": "score"}, "prediction 'score'"),
+        ({"path_type": "GVP"}, "path_type 'GVP'; known here: 'Linear'"),
+        ({"path_type": None}, "path_type None"),
+        ({"model": "DiT-S/2"}, "model 'DiT-S/2'; known here: SiT"),
+        ({"model": "SiT-S/4"}, "patch_size 4, and its weights have 2"),
+        ({"image_size": 512}, "input_size 64, and its weights have 6"),
+        ({"num_classes": 1000}, "num_classes 1000, and its weights have"),
+    ],
+)
+def test_a_file_that_says_it_is_another_network_is_refused(tmp_path, network, changes, message):
+    state = network.state_dict()
+    for flags in (SAID | changes, argparse.Namespace(**SAID | changes)):
+        torch.save({"ema": state, "args": flags}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=f"a.pt: says {message}"):
+            sit.check(tmp_path / "a.pt", num_heads=4)
+
+
+def test_a_safetensors_file_may_say_so_too(tmp_path, network):
+    save_file(network.state_dict(), tmp_path / "a.safetensors", {"prediction": "noise"})
+    with pytest.raises(ValueError, match="prediction 'noise'"):
+        sit.check(tmp_path / "a.safetensors", num_heads=4)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_what_a_wrapper_puts_before_all_names_is_taken_off(tmp_path, network, wrapper):
+    state = network.state_dict()
+    torch.save({wrapper + name: tensor for name, tensor in state.items()}, tmp_path / "a.pt")
+    loaded, _ = sit.load(tmp_path / "a.pt", num_heads=4)
+    assert equal_states(loaded.state_dict(), state)
 
 
 @pytest.mark.parametrize(
