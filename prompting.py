@@ -42,6 +42,8 @@ def read_prompts(path):
             f"{path}: prompt files end in .txt (one prompt a line) "
             'or .jsonl (objects with a "prompt")'
         )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file; give an existing prompt file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -83,6 +85,10 @@ def read_line(where, line, suffix):
     if not row["prompt"].strip():
         raise ValueError(f"{where}: an empty prompt; remove the line or write one")
     text = row.pop("prompt").strip()
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: holds half a character, which no text encoder takes") from None
     return Prompt(text, row)
 
 

@@ -18,7 +18,9 @@ from bases.files import (
     check_channels,
     check_part,
     check_pipeline,
+    check_regular_files,
     class_names,
+    copied_folders,
     locate,
     stated_heads,
 )
@@ -115,6 +117,8 @@ def check(name):
     try:
         location = locate(name)
         kind, file = location.kind, location.file
+        if kind != PLUG:
+            check_regular_files(copied_folders(name))
         if kind in PIPELINES:
             check_pipeline(location.folder, kind)
         elif kind == PLUG:

@@ -22,6 +22,7 @@ from torch.nn.functional import avg_pool2d, conv2d, interpolate, one_hot, silu
 from bases.edm2_pickle import (
     CLIP,
     CONCAT_BALANCE,
+    FIXED,
     LABEL_BALANCE,
     RESIDUAL_BALANCE,
     SIGMA_DATA,
@@ -438,6 +439,9 @@ def read_safetensors(path):
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata() or {}
+    for name, value in FIXED.items():
+        if metadata.get(name, str(value)) != str(value):
+            raise ValueError(f"it says {name} {metadata[name]}; known here: {value}")
     return state, {int(metadata.get("channels_per_head", 64))}
 
 

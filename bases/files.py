@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from support.files import read_json
+from support.files import check_regular, read_json
 
 NAMES = "a folder, owner/name, sit:FILE, edm2:FILE[,GUIDE] or module:Class:PATH"
 
@@ -68,6 +68,16 @@ LEADING_EULER = LEADING | {
 }
 # With a shift that may follow the size.
 SHIFTING_EULER = EULER | {"use_dynamic_shifting": (False, True, None)}
+
+# Of a network's config: what must be 1 at least, and what names an input that no pipeline here has.
+COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "layers_per_block")
+COUNTS += ("sample_size", "patch_size")
+NEVER = ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type")
+
+# Schedulers whose files describe a denoiser as DDIM's do.
+DENOISERS = (
+    r"(DDIM|DDPM|PNDM|LMS|Euler|EulerAncestral|Heun|KDPM2\w*|DPMSolver|UniPC|DEIS)(Discrete)?"
+)
 
 PIPELINES = {
     "StableDiffusionPipeline": Pipeline("unet", ("",), LEADING),
@@ -226,6 +236,7 @@ def _fetch(repo):
 
 def _pipeline(folder):
     """The pipeline that a diffusers folder names, one of PIPELINES."""
+    check_regular(folder / "model_index.json")
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         pipeline = index["_class_name"]
@@ -318,6 +329,13 @@ def _weight_files(part):
 
 def _why_missing(part):
     """Why a part may have no safetensors file, and the remedy."""
+    variants = sorted(part.glob("*.*.safetensors"))
+    if variants:
+        variant = variants[0].name.split(".")[1]
+        return (
+            f"only the variant {variant} is there ({variants[0].name}); "
+            f"load it with diffusers (variant={variant!r}) and save it again"
+        )
     pickles = []
     for path in sorted(part.glob("*")):
         if path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
@@ -331,6 +349,7 @@ def check_part(part):
     """A part with weights -> its config. Reads that, and each file's header against its size."""
     config = read_json(part / "config.json")
     for path in _weight_files(part):
+        check_regular(path)
         try:
             with safe_open(path, "pt"):
                 pass
@@ -363,7 +382,8 @@ def check_pipeline(folder, kind):
         )
     for suffix in suffixes:
         _check_tokenizer(folder / f"tokenizer{suffix}")
-        check_part(folder / f"text_encoder{suffix}")
+        config = check_part(folder / f"text_encoder{suffix}")
+        _check_vocabulary(folder, suffix, config)
 
     config = check_part(folder / pipeline.network)
     _check_scheduler(folder, pipeline)
@@ -376,6 +396,14 @@ def check_pipeline(folder, kind):
 
 def _check_network(config, pipeline):
     """The config of a network, as its kind of pipeline has it -> the channels of a latent."""
+    file = f"{pipeline.network}/config.json"
+    for key in COUNTS:
+        value = config.get(key, 1)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{key} {value} in {file}: must be 1 at least")
+    for key in NEVER:
+        if config.get(key):
+            raise ValueError(f"{key} {config[key]!r} in {file}: such networks are not known here")
     channels = config.get("in_channels")
     out_channels = config.get("out_channels") or channels
     expected = [channels]
@@ -414,10 +442,38 @@ def _check_tokenizer(folder):
         )
 
 
+def _check_vocabulary(folder, suffix, config):
+    """The text encoder has an embedding for each token of its tokenizer."""
+    file = f"tokenizer{suffix}/tokenizer.json"
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if not isinstance(size, int) or not (folder / file).is_file():
+        return
+    tokenizer = read_json(folder / file)
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    numbers = [-1]
+    if isinstance(vocabulary, dict):
+        numbers += [number for number in vocabulary.values() if isinstance(number, int)]
+    elif isinstance(vocabulary, list):
+        numbers.append(len(vocabulary) - 1)
+    for token in tokenizer.get("added_tokens") or []:
+        if isinstance(token, dict) and isinstance(token.get("id"), int):
+            numbers.append(token["id"])
+    if max(numbers) >= size:
+        raise ValueError(
+            f"{file} has the token {max(numbers)}, and text_encoder{suffix}/config.json "
+            f"vocab_size {size}; they belong to different models"
+        )
+
+
 def _check_scheduler(folder, pipeline):
     """Checks that samples by this scheduler's file are the stock pipeline's."""
     file = "scheduler/scheduler_config.json"
     scheduler = read_json(folder / file)
+    kind = str(scheduler.get("_class_name", ""))
+    known = "FlowMatchEulerDiscrete" if pipeline.is_flow else DENOISERS
+    if kind and not re.fullmatch(f"{known}(Multistep|Singlestep)?Scheduler", kind):
+        raise ValueError(f"{kind} in {file}: such schedulers are not known here")
     if pipeline.is_flow and "shift" not in scheduler:
         raise ValueError(f"{file} has no shift, so this is not the scheduler of a flow")
     for key, known in pipeline.scheduler.items():
@@ -472,11 +528,24 @@ def wrapper_of(names):
     return wrapper
 
 
+def check_regular_files(folders):
+    """Raises ValueError if these folders hold anything but files and folders.
+
+    They are copied when a model is saved, and libraries read in them what they like.
+    """
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if not path.is_dir():
+                check_regular(path)
+
+
 def stated_heads(file):
     """num_heads that a SiT file of `save` states; None for other files.
 
     A published file does not state it: the width tells it.
     """
+    if not file.is_file():
+        return None
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}

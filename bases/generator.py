@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bases.files import BESIDE, copy_folder, named_parts
 from bases.lora import TARGETS, can_have_lora, merged
 from support.files import read_json
+from support.guards import check_weights
 
 # Bytes of prompt embeddings that are kept: 36,000 prompts of Stable Diffusion 1, 1,500 of 3.5.
 REMEMBERED = 8 * 2**30
@@ -66,7 +67,9 @@ def _part(cls, folder, device=None, dtype=torch.float32):
             f"--model {folder.parent}: {folder.name} is not the {cls.__name__} of its config "
             f"({reason})"
         ) from None
-    return network.to(device).eval().requires_grad_(False)
+    network = network.to(device).eval().requires_grad_(False)
+    check_weights(network, f"--model {folder.parent}: {folder.name}")
+    return network
 
 
 def _read_network(cls, folder, dtype):
@@ -80,6 +83,8 @@ def _read_network(cls, folder, dtype):
     lacking = [*report["missing_keys"], *report["mismatched_keys"]]
     if lacking:
         raise ValueError(f"no weights of its shape for {min(map(str, lacking))}")
+    if report["unexpected_keys"] and cls.__module__.startswith("diffusers"):
+        raise ValueError(f"it has no place for {min(map(str, report['unexpected_keys']))}")
     return network
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from bases.generator import Generator
 from sampling import Path as GaussianPath
+from support.guards import check_weights
 
 # What a class gives: its methods, and what its instances hold.
 METHODS = ("__call__", "embed", "picture")
@@ -68,6 +69,7 @@ def load(location, device, precision, decode_batch):
     model.network.to(device, torch.float32).eval()
     if location.file:
         load_network(model.network, location.file)
+    check_weights(model.network, location.source)
     return model
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from bases.files import class_ids, class_names, stated_heads, wrapper_of
 from bases.generator import Generator, _libraries, _part, from_velocity
 from sampling import Flow
+from support.guards import check_weights
 
 # The published sizes: hidden size, depth, heads.
 SIZES = {
@@ -441,6 +442,7 @@ class SiTGenerator(Generator):
         super().__init__(file.parent, device, precision, decode_batch)
         network, _ = load(file, stated_heads(file))
         self.network = network.to(device)
+        check_weights(network, file)
         self.path = Flow()
         self.shape = self.network.shape
         diffusers, _ = _libraries()

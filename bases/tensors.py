@@ -40,6 +40,7 @@ class Weights(Mapping):
         self.files = {}  # {name: the open file that holds it}
         self.facts = {}
         for path in paths:
+            files.check_regular(path)
             try:
                 opened = safe_open(path, "pt")
             except (OSError, SafetensorError) as error:

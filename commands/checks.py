@@ -682,11 +682,8 @@ def check_eval_out(args):
         args.command == "images" or not args.out or Path(args.out).suffix == ending,
         f"--out {args.out}: must end in {ending}",
     )
-    for parent in Path(args.out).parents:
-        need(
-            not parent.exists() or parent.is_dir(),
-            f"--out {args.out}: its parent {parent} is a file; choose another --out",
-        )
+    if args.out:
+        files.check_writable(args.out)
 
 
 def check_images(args):

@@ -103,8 +103,7 @@ def read_curves(path):
 
 def read_rows(path):
     """The lines of a metrics.jsonl -> a list of objects."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in files.read_log(path)]
 
 
 def labels_of(folders, labels):

@@ -152,7 +152,10 @@ def choose_trained(args, model):
         return add_lora(network, args.lora, args.lora, model.lora_targets(), args.seed)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(args.train == "all" or model.trained(name))
-    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError(f"--model {args.model}: no weight of it would be trained; --train all")
+    return trained
 
 
 def empty_reference_set(args, model, distribution):

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from support.files import read_json
+from support.files import check_regular, read_json
+from support.guards import check_weights
 
 FLOOR = -6.0  # nats: one hopeless image must not outweigh its group
 
@@ -116,6 +117,7 @@ def check_classifier(folder):
         with torch.device("meta"):
             weights = Classifier(**arguments).state_dict()
         expected = {name: list(value.shape) for name, value in weights.items()}
+        check_regular(folder / "model.safetensors")
         with safe_open(folder / "model.safetensors", "pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}
         if found != expected:
@@ -131,6 +133,7 @@ def load_classifier(folder, device="cpu"):
     folder = Path(folder)
     model = Classifier(**read_config(folder))
     model.load_state_dict(load_file(folder / "model.safetensors"))
+    check_weights(model, folder / "model.safetensors")
     return model.eval().requires_grad_(False).to(device)
 
 

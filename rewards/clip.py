@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from support.files import to_bytes
+from support.guards import check_weights
 
 # The default network of each reward.
 CLIPS = {
@@ -116,6 +117,7 @@ class Clip:
                 f"{name}: lacks the weights {missing}; fetch it again, or name another"
             )
         self.network = network.to(device).eval().requires_grad_(False)
+        check_weights(self.network, name)
         self.device = device
         self.batch = batch
         self.size = config.vision_config.image_size

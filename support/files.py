@@ -6,9 +6,12 @@ the new one; the same command again resumes from the newest checkpoint.
 No random state is saved: all noise is a function of the seed, the step and the sample.
 """
 
+import errno
 import json
 import os
 import shutil
+import stat
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +24,14 @@ from safetensors.torch import load_file, save_file
 from support.flags import refuse
 from support.processes import rank
 from support.sharding import is_piece, load_state, piece, whole, whole_state
+
+KINDS_OF_FILES = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 # --------------------------------------------------------------------------------------------------
 # Whole files or none.
@@ -65,10 +76,24 @@ def write_atomic(path, write):
     flush(path.parent)  # the new name is on disk only when its folder is
 
 
+def check_regular(path):
+    """Raises ValueError for what is there and is no regular file. Every reader looks first.
+
+    (Who opens a FIFO waits for a writer, and a device may have no end.)
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # whoever opens it says why it cannot be
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: is no regular file but {KINDS_OF_FILES[stat.S_IFMT(mode)]}")
+
+
 def read_json(path):
     """The object in a JSON file. Raises ValueError, in one line, naming the file."""
     path = Path(path)
     remedy = "get a whole copy of its folder"
+    check_regular(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -101,26 +126,70 @@ def open_run(out, config, free=()):
     check_writable(out)
     if (out / "config.json").is_file():
         check_config(out, config, free)
+        # train.py counts iterations, merge.py rl updates.
+        check_progress(out, config.get("iterations", config.get("updates")))
     elif out.exists():
         check_empty(out)
 
 
 def check_writable(out):
-    """Raises ValueError unless the folder `out` could be made, or written to."""
-    flag = f"--out {str(out)[:500]}"
-    for parent in out.parents:
-        if os.path.exists(parent) and not os.path.isdir(parent):
-            raise ValueError(f"{flag}: its parent {parent} is a file; choose another --out")
+    """Raises ValueError unless `out`, a file or a folder, could be made, or written to."""
+    flag = f"--out {out}"
+    remedy = "choose another --out"
+    place = Path(out).absolute()
+    try:
+        # What is written has the name .tmp-NAME first, and 255 bytes are the most.
+        is_too_long = len(os.fsencode(place.name)) > 250
+        for path in Path(out).parents:
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{flag}: its parent {path} is a file; {remedy}")
+        for path in (*reversed(place.parents), place):
+            if os.path.islink(path) and not path.exists():
+                raise ValueError(f"{flag}: {path} is a link to nothing; {remedy}")
+        existing = place
+        while not existing.exists():
+            existing = existing.parent
+        if is_too_long:
+            raise OSError(errno.ENAMETOOLONG, "the name is too long")
+        folder = existing if existing.is_dir() else existing.parent
+        # The only sure way to know: root may do what is not allowed, and yet not everywhere.
+        os.rmdir(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{flag}: nothing can be written there ({reason}); {remedy}") from None
 
-    existing = out.absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if os.path.isdir(existing) and not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag}: nothing may be written to {existing}; choose another --out")
 
-    for part in out.parts:
-        if len(os.fsencode(part)) > 255:
-            raise ValueError(f"{flag}: the name is too long; choose another --out")
+def check_progress(out, last):
+    """Raises ValueError unless the newest checkpoint of a run and its metrics.jsonl fit each other.
+
+    last: the iteration at which the run ends.
+    """
+    folder, state = newest_checkpoint(out)
+    if folder is None:
+        return
+    if state["step"] > last:
+        raise ValueError(
+            f"{folder}: is of iteration {state['step']}, and the run ends at {last}; remove it"
+        )
+    path = Path(out) / "metrics.jsonl"
+    lines = len(read_log(path)) if path.is_file() else 0
+    if lines < state["lines"]:
+        raise ValueError(
+            f"{path}: has {lines} lines, and {folder.name} knows of {state['lines']}; put the file "
+            "back, or choose another --out"
+        )
+
+
+def read_log(path):
+    """The lines of metrics.jsonl. Raises ValueError, in one line, if they are no text."""
+    check_regular(path)
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except ValueError:
+        raise ValueError(
+            f"{path}: not UTF-8, so it is not what was written; put the file back, or choose "
+            "another --out"
+        ) from None
 
 
 def check_config(out, config, free):
@@ -165,7 +234,7 @@ class Log:
         out.mkdir(parents=True, exist_ok=True)
         kept = []
         if self.path.is_file():
-            kept = self.path.read_text().splitlines(keepends=True)[:lines]
+            kept = read_log(self.path)[:lines]
         text = json.dumps(config, indent=2) + "\n"
         # config.json first: without it the folder is not known as a run.
         write_atomic(out / "config.json", lambda temporary: temporary.write_text(text))
@@ -271,13 +340,18 @@ def newest_checkpoint(out):
         return None, {"step": 0, "lines": 0}
     newest = folders[-1]
     with undamaged(newest):
-        state = json.loads((newest / "state.json").read_text())
-        return newest, {"step": int(state["step"]), "lines": int(state["lines"])}
+        state = read_json(newest / "state.json")
+        step, lines = state["step"], state["lines"]
+        if f"checkpoint-{step:05d}" != newest.name or lines < 0 or lines != int(lines):
+            raise ValueError("the step is not that of the folder, or the lines are no count")
+        return newest, {"step": step, "lines": int(lines)}
 
 
 def load_checkpoint(folder, tensors, optimizer=None):
     """Copies what `save_checkpoint` saved into `tensors`, in place, and into the optimizer."""
     with undamaged(folder), torch.no_grad():
+        for name in ("weights.safetensors", "optimizer.pt"):
+            check_regular(folder / name)
         saved = load_file(folder / "weights.safetensors")
         for name, tensor in tensors.items():
             tensor.copy_(piece(saved[name], tensor))

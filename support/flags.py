@@ -34,9 +34,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def parse_args(cls, description, argv=None):
     """The command line `argv` as an instance of the dataclass `cls`. A bad flag exits with 2."""
     helps, sections = read_fields(cls)
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=Help
-    )
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=Help)
     groups = {}
     for title in sections.values():
         if title not in groups:
@@ -87,11 +85,38 @@ def keywords(field):
     return {"type": field.type, "metavar": field.type.__name__}
 
 
+def one_line(text, longest=280):
+    """Any text as one line of at most `longest` characters, without control characters.
+
+    Names and files are their writers' text: a terminal obeys what stands in it. The middle is left
+    out of a long one, because the value comes first and the remedy last.
+
+    >>> one_line("a bell\\a"), one_line("abcdefghij" * 9, 25)
+    ('a bell\\\\x07', 'abcdefghij ... abcdefghij')
+    """
+    shown = ""
+    for character in str(text):
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        shown += character
+    if len(shown) > longest:
+        half = (longest - 5) // 2
+        shown = f"{shown[:half]} ... {shown[-half:]}"
+    return shown
+
+
 def refuse(error):
     """Ends the program for a user's mistake: one line on stderr (of the first process), code 2."""
     if rank() == 0:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose mistakes are one line, too."""
+
+    def error(self, message):
+        refuse(f"{message}; --help lists the flags")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 
 from support import compiling
 from support.files import newest_checkpoint
+from support.flags import one_line
 from support.processes import all_say, gather, rank, world
 from support.sharding import local
 
@@ -34,7 +35,7 @@ def tolerance(args):
 def warn(line):
     """One line on stderr, of the first process, and only the first time."""
     if rank() == 0:
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {one_line(line)}", file=sys.stderr)
 
 
 @contextmanager
@@ -68,8 +69,15 @@ def writing(out):
             reason = error.args[0][0][2]
         _, state = newest_checkpoint(out)
         rest = f"checkpoint {state['step']}" if state["step"] else "what is there"
-        message = f"error: {out}: {reason}; {rest} is whole; the same command goes on from it"
-        raise SystemExit(message) from None
+        message = f"{out}: {reason}; {rest} is whole; the same command goes on from it"
+        raise SystemExit(f"error: {one_line(message)}") from None
+
+
+def check_weights(network, where):
+    """Raises ValueError for a network whose weights hold NaN or infinity; `where` they are from."""
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{where}: {name} holds NaN or infinity; get a whole copy")
 
 
 def check_finite(step, tensors, device):

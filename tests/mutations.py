@@ -192,8 +192,8 @@ BUGS = [
         "lines of the log stay that will be written again",
         "support/files.py",
         "Log.__init__",
-        "self.path.read_text().splitlines(keepends=True)[:lines]",
-        "self.path.read_text().splitlines(keepends=True)",
+        "read_log(self.path)[:lines]",
+        "read_log(self.path)",
         RESUME,
     ),
     Bug(

@@ -286,7 +286,7 @@ def test_merge_reads_the_exported_file(names, family, tmp_path):
     file = tensors.Weights([tmp_path / "pytorch_lora_weights.safetensors"])
     assert file.facts["base"] == "somewhere"
     assert file.facts["iteration"] == "3"
-    read = tensors.LoraFile(file, tensors.Weights(network_files(names[family])))
+    read = tensors.LoraFile("lora", file, tensors.Weights(network_files(names[family])))
     state = merged(model.network)
     assert set(read) == {name + ".weight" for name in lora_layers(model.network)}
     for name in read:

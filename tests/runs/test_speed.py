@@ -313,7 +313,10 @@ def test_processes_take_turns_with_one(tiny):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--bases sd7", "--bases sd7: neither a folder nor one of tiny, sd1, sd15, sdxl, sd3, sd35"),
+        (
+            "--bases sd7",
+            "--bases sd7: neither a folder nor one of tiny, sd1, sd15, sdxl, sd3, sd35",
+        ),
         ("--steps 1", "--steps 1: must be 2 or more"),
         ("--guidance x", "--guidance x: write numbers with commas between, as in 0.05,0.1"),
     ],

@@ -1,7 +1,9 @@
 """files.py: whole files or none, run folders, checkpoints, and images as bytes."""
 
+import errno
 import json
 import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 
 from support import files
 
-CONFIG = {"lr": 0.5, "reward": "class:1", "out": "runs/a"}
+CONFIG = {"iterations": 7, "lr": 0.5, "reward": "class:1", "out": "runs/a"}
 
 
 def names(folder):
@@ -195,11 +197,23 @@ def test_a_folder_that_is_taken_is_refused(tmp_path, spoil):
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="^--out .*xx.run: the name is too long"):
-        files.open_run(tmp_path / ("x" * 256) / "run", CONFIG)
+    for name in ("x" * 256 + "/run", "x" * 251, "x/" * 2500):
+        with pytest.raises(ValueError, match=r"^--out .*nothing can be written.*too long"):
+            files.open_run(tmp_path / name, CONFIG)
     files.open_run(tmp_path / ("x" * 255) / "run", CONFIG)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(ValueError, match=f"nothing may be written to {tmp_path}; choose"):
+    files.open_run(tmp_path / ("x" * 250), CONFIG)
+
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("dangling", "dangling/run", "loop", "loop/run"):
+        with pytest.raises(ValueError, match=f"--out .*{name}: .*is a link to nothing; choose"):
+            files.open_run(tmp_path / name, CONFIG)
+
+    def fail(prefix, dir):
+        raise PermissionError(errno.EACCES, "Permission denied")  # root may write anywhere
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    with pytest.raises(ValueError, match=r"nothing can be written there \(Permission denied\)"):
         files.open_run(tmp_path / "new" / "run", CONFIG)
 
 
@@ -217,6 +231,71 @@ def test_the_log_keeps_the_lines_that_the_checkpoint_knows(tmp_path):
     first = {"iteration": 0, "reward": 0.333333, "names": ["a"]}
     assert rows == [first, first | {"iteration": 1}, {"iteration": 2}]
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
+
+
+def a_run(out, step, lines, state=None):
+    """A run of CONFIG at a checkpoint of `step`, whose log has `lines` lines."""
+    log = files.Log(out, CONFIG, 0)
+    for _ in range(lines):
+        log.write({"iteration": 0})
+    files.save_checkpoint(out, step, {"a": torch.ones(2)}, None, lines, 2)
+    if state:
+        (out / f"checkpoint-{step:05d}" / "state.json").write_text(json.dumps(state))
+
+
+def test_a_log_that_is_not_the_runs_is_refused(tmp_path):
+    a_run(tmp_path, 1, 3)
+    files.open_run(tmp_path, CONFIG)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match="metrics.jsonl: has 1 lines, and checkpoint-00001.* 3;"):
+        files.open_run(tmp_path, CONFIG)
+    path.write_bytes(b"\xff{}\n")
+    with pytest.raises(ValueError, match="metrics.jsonl: not UTF-8"):
+        files.open_run(tmp_path, CONFIG)
+    path.unlink()
+    with pytest.raises(ValueError, match="metrics.jsonl: has 0 lines"):
+        files.open_run(tmp_path, CONFIG)
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="metrics.jsonl: has 0 lines"):
+        files.open_run(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"step": 9, "lines": 3},
+        {"step": -1, "lines": 3},
+        {"step": "1", "lines": 3},
+        {"step": 1, "lines": -3},
+        {"step": 1},
+        [1, 3],
+    ],
+)
+def test_a_state_that_was_edited_is_refused(tmp_path, state, capsys):
+    a_run(tmp_path, 1, 3, state)
+    with pytest.raises(SystemExit) as stop:
+        files.open_run(tmp_path, CONFIG)
+    assert stop.value.code == 2
+    assert "checkpoint-00001: damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(tmp_path):
+    a_run(tmp_path, 8, 3)
+    with pytest.raises(ValueError, match="checkpoint-00008: is of iteration 8, .* ends at 7"):
+        files.open_run(tmp_path, CONFIG)
+
+
+def link_to_a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, link_to_a_device])
+def test_what_is_no_file_is_not_opened(tmp_path, make):
+    path = tmp_path / "config.json"
+    make(path)
+    with pytest.raises(ValueError, match="config.json: is no regular file but a "):
+        files.read_json(path)
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
