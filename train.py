@@ -543,6 +543,7 @@ def train(args, prompts, eval_prompts, interrupt):
             groups.rewards[setup.reward.distribution] = dist_reward.price_groups(
                 reference_set.members, groups.set_features, oldest, args.price, args.replace
             )
+        run.watch(groups)
         index, advantage = credit(args, weights, groups)
 
         # TRAIN

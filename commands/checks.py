@@ -119,14 +119,23 @@ EVAL_LIMITS = {
 
 FREE = ("out", "dry_run", "check")  # flags that no number of a run depends on
 
-# A flag on the left means nothing where the flag on its right is 0.
-NEEDS = {
-    "tau1": "prompt_noise",
-    "tau2": "prompt_noise",
-    "psi": "prompt_noise",
-    "success": "diversity",
-    "gamma": "diversity",
-    "terminal": "diversity",
+# Where a flag has this value, the flags on the right change nothing, so none of them may be given.
+IDLE = (
+    ("select", "all", ("keep",)),
+    ("prompt_noise", 0, ("tau1", "tau2", "psi")),
+    ("diversity", 0, ("success", "gamma", "terminal")),
+    ("terminal", "zero", ("success",)),
+    ("snapshot_every", 0, ("keep_snapshots",)),
+    ("optimizer steps", 1, ("clip",)),
+    ("fid or kid", False, ("features", "target", "price", "replace", "reference", "refresh")),
+    ("price", "potential", ("replace",)),
+    ("lora", True, ("train",)),
+)
+# The switches that are no flag of that value, in words.
+SWITCHED = {
+    "optimizer steps": "--updates and --passes are 1: the ratio of the only step is 1",
+    "fid or kid": "--reward names neither fid nor kid",
+    "lora": "--lora is given: a LoRA learns in attention and feed-forward",
 }
 PLAIN_GRPO = {"select": "all", "prompt_noise": 0.0, "diversity": 0.0}  # what --drift off sets
 
@@ -303,7 +312,7 @@ def check(args, default):
     compiling.check_sizes(args, process_count(), stochastic_steps(args))
     check_guide(args)
     check_reward(args.reward, folder)
-    check_networks(args, changed, folder)
+    check_networks(args, folder)
     args, prompts, eval_prompts = check_prompts(args, default, folder)
     check_shard(args, process_count())
     check_out(args.out, args.model)
@@ -313,12 +322,6 @@ def check(args, default):
 
 def check_contradictions(args, changed):
     """No flag is given that another one switches off."""
-    keeps_all = args.select == "all" and args.drift == "on"
-    need(
-        not keeps_all or "keep" not in changed or args.keep == args.group_size,
-        f"--keep {args.keep}: means nothing with --select all; "
-        "add --select window, or another rule",
-    )
     if args.drift == "off":
         for name, value in PLAIN_GRPO.items():
             need(
@@ -326,26 +329,41 @@ def check_contradictions(args, changed):
                 f"--{name} {changed.get(name)}: --drift off would switch it off; "
                 "leave out one of them",
             )
-    need(
-        args.price != "potential" or not args.replace,
-        f"--replace {args.replace}: means nothing with --price potential; add --price exact",
-    )
-    need(
-        not args.lora or args.train == "attention",
-        f"--train {args.train}: a LoRA learns in attention and feed-forward, whatever this says; "
-        "leave out --lora or --train",
-    )
 
 
 def check_idle(args, changed):
-    """No flag is given whose mechanism is off."""
-    for name, switch in NEEDS.items():
-        given = "--no-success" if name == "success" else f"--{name} {getattr(args, name)}"
-        why = ", as --drift off sets it" if args.drift == "off" else ""
-        need(
-            name not in changed or getattr(args, switch),
-            f"{given}: means nothing where --{switch} is 0{why}",
-        )
+    """No flag is given that changes nothing, because of another one. One rule: the table IDLE.
+
+    changed {flag: value}: those that are not at their defaults.
+    """
+    state = vars(args) | {
+        "optimizer steps": args.updates * args.passes,
+        "fid or kid": prices_sets(args.reward),
+        "lora": args.lora > 0,
+    }
+    for switch, value, names in IDLE:
+        if state[switch] != value:
+            continue
+        where = SWITCHED.get(switch, f"--{switch} is {value}")
+        if args.drift == "off" and switch in PLAIN_GRPO:
+            where += ", as --drift off sets it"
+        for name in names:
+            keeps_all = name == "keep" and changed.get(name) == args.group_size
+            need(
+                name not in changed or keeps_all,
+                f"{given(name, changed.get(name))}: means nothing where {where}",
+            )
+    need(
+        args.refresh <= args.iterations,
+        f"--refresh {args.refresh}: means nothing where --iterations is {args.iterations}",
+    )
+
+
+def given(name, value):
+    """A flag as it was given."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def check_sizes(args):
@@ -419,16 +437,9 @@ def check_shard(args, processes):
     )
 
 
-def check_networks(args, changed, folder):
+def check_networks(args, folder):
     """The feature networks, the target and the judge can be loaded."""
-    prices = prices_sets(args.reward)
-    for name in ("features", "target", "price", "reference", "refresh"):
-        need(
-            prices or name not in changed,
-            f"--{name} {getattr(args, name)}: means nothing where --reward, {args.reward}, "
-            "names neither fid nor kid",
-        )
-    if prices:
+    if prices_sets(args.reward):
         check_distribution(args, folder)
     if args.diversity_features != "latents":
         check_features(args.diversity_features, folder, "diversity_features")
@@ -572,6 +583,12 @@ def check_search(args, default, folder):
     check_guide(args)
     check_reward(args.reward, folder)
     prices = prices_sets(args.reward)
+    for name in ("features", "target", "report_target"):
+        value = getattr(args, name)
+        need(
+            prices or value == getattr(default, name),
+            f"--{name} {value}: means nothing where {SWITCHED['fid or kid']}",
+        )
     if prices:
         D = check_features(args.features, folder)
         target_path(args.target, args.features, folder)  # raises where --target is needed
@@ -729,7 +746,7 @@ def visible_files(folder):
 def check_score(args, default):
     """eval.py score -> args, (the folder whose classifiers judge, the sets of pictures)."""
     sets = [open_pictures(args, name) for name in args.inputs]
-    are_drawn = [pictures.size is None for pictures in sets]  # by a model, still to be
+    are_drawn = [pictures.sizes is None for pictures in sets]  # by a model, still to be
     for pictures, is_drawn in zip(sets, are_drawn):
         if is_drawn:
             check_sampling(pictures.model, steps=args.steps)
@@ -812,9 +829,9 @@ def check_score_networks(args, folder, sets, has_labels):
     for classifier in asked:
         side = check_classifier(classifier)["size"]
         for pictures in sets:
-            size = " x ".join(map(str, pictures.size or ()))
-            need(
-                pictures.size in (None, (side, side)),
-                f"{pictures.name}: pictures of {size}, and {classifier} sees {side} x {side}; "
-                "choose other --features, and --prompts without labels",
-            )
+            for size, picture in (pictures.sizes or {}).items():
+                need(
+                    size == (side, side),
+                    f"{picture}: of {size[0]} x {size[1]}, and {classifier} sees {side} x {side}; "
+                    "choose other --features, and --prompts without labels",
+                )

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from prompting import read_prompts
+from rewards.targets import read_picture
 from support import files
 
 ALIGNMENT = ("eval/log_prob", "alignment: held-out log-probability (higher is better)")
@@ -485,6 +486,8 @@ def grid_files(folders, labels):
         if len(runs[label]) > 1:
             title = f"{label}, seed {read_config(folder)['seed']}"
         sheets[title] = pngs[-1]
+    for png in sheets.values():
+        read_picture(png)  # raises if it is damaged
     return sheets
 
 

@@ -26,7 +26,7 @@ import bases
 from bases import files as base_files
 from prompting import read_prompts
 from rewards import metrics
-from rewards.targets import picture_files, read_npz, read_picture
+from rewards.targets import picture_files, picture_size, read_npz, read_picture
 from sampling import sample, seeded_noise
 from support import files, flags, processes
 
@@ -255,7 +255,7 @@ class Pictures:
     name: str
     total: int  # N
     prompts: list | None  # P of them; picture i has prompt i * P // N
-    size: tuple | None  # height and width; None: only the model can tell
+    sizes: dict | None  # {height and width: a picture of it}; None: only the model can tell
     read: Callable  # read(numbers, device) yields float pictures [B, 3, H, W], bytes over 255
     model: str = ""  # the model that drew them, "" if that is not known
 
@@ -273,9 +273,9 @@ def open_pictures(args, name):
 
     is_model = any((path / file).exists() for file in MODEL_FILES)
     if not is_model:
-        pngs = [file for file in picture_files(path) if not file.name.startswith(".")]
-        if pngs:
-            return folder_pictures(args, name, pngs)
+        paths = picture_files(path)
+        if paths:
+            return folder_pictures(args, name, paths)
     try:
         folder = bases.check(name)
     except ValueError as error:
@@ -292,7 +292,7 @@ def npz_pictures(args, name):
     def picture(number):
         return pixels[number].transpose(2, 0, 1)
 
-    return stored_pictures(args, name, len(pixels), pixels.shape[1:3], picture)
+    return stored_pictures(args, name, len(pixels), {pixels.shape[1:3]: name}, picture)
 
 
 def folder_pictures(args, name, paths):
@@ -301,12 +301,15 @@ def folder_pictures(args, name, paths):
     def picture(number):
         return read_picture(paths[number])
 
-    size = picture(0).shape[1:]
-    return stored_pictures(args, name, len(paths), size, picture)
+    sizes = {}
+    for path in paths:
+        sizes.setdefault(picture_size(path), path)
+    picture(0)  # raises if it cannot be read
+    return stored_pictures(args, name, len(paths), sizes, picture)
 
 
-def stored_pictures(args, name, total, size, picture):
-    """`total` pictures of `size` [H, W]; picture(number) -> uint8 [3, H, W]."""
+def stored_pictures(args, name, total, sizes, picture):
+    """`total` pictures of the sizes {(H, W): one of it}; picture(number) -> uint8 [3, H, W]."""
     saved = read_sidecar(name)
     if saved and saved["n"] != total:
         raise ValueError(
@@ -329,7 +332,7 @@ def stored_pictures(args, name, total, size, picture):
                 for image in images:
                     yield image[None].to(device).float() / 255
 
-    return Pictures(name, len(chosen), prompts, tuple(size), read, saved.get("model", ""))
+    return Pictures(name, len(chosen), prompts, sizes, read, saved.get("model", ""))
 
 
 def load_pictures(picture, numbers):
@@ -338,7 +341,7 @@ def load_pictures(picture, numbers):
         return [torch.from_numpy(np.ascontiguousarray(picture(number))) for number in numbers]
     except ValueError as error:
         # Not flags.refuse: it prints on the first process only, and this may be another.
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {flags.one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

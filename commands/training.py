@@ -174,6 +174,7 @@ class Run:
         self.setup = setup
         self.device = device
         self.out = Path(args.out)
+        self.constant = {}  # {statistic: for how many iterations it was the same in each group}
         self.tensors = setup.trained | setup.averages.state()
         if setup.reference_set:
             self.tensors = self.tensors | setup.reference_set.members.state()
@@ -217,6 +218,20 @@ class Run:
                 ratio_error=f"{metrics['ratio_error']:.0e}",
             )
         self.metrics.write({"iteration": iteration} | metrics)
+
+    def watch(self, groups):
+        """Says, once each, what has been the same within every group for ten iterations."""
+        watched = {f"the reward {name}": reward for name, reward in groups.rewards.items()}
+        if self.args.diversity:
+            watched["the diversity"] = groups.potential[-1]
+        for name, values in watched.items():
+            is_constant = bool((values.std(1) < 1e-6).all())
+            self.constant[name] = self.constant.get(name, 0) + 1 if is_constant else 0
+            if self.constant[name] == 10:
+                guards.warn(
+                    f"{name} was the same for all rollouts of each group in 10 iterations, so it "
+                    "teaches nothing; look at the pictures in grids/, and at --reward and --eta"
+                )
 
     def save_results(self, iteration):
         """The final model and snapshots for merge.py: whichever is due."""

@@ -12,19 +12,22 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dist_reward import KernelReplace, SubsetReplace, moments
 from rewards.classifier import check_classifier
 from rewards.features import TINY, load_features
+from support.files import check_regular
+from support.guards import warn
 from support.processes import all_say, gather, share
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 # A file may unpack to this many bytes, or to this many times its own size if that is more.
 LARGE = 2**28
@@ -41,6 +44,8 @@ DAMAGED = (
     zlib.error,
     zipfile.BadZipFile,
 )
+
+ORIENTATION = 0x0112  # the tag of a photograph: 5 and above lie on their side
 
 KINDS = "an .npz with mu and sigma, a folder of pictures or an idx file"
 
@@ -66,6 +71,11 @@ def check_target(path, D, need_pictures=False):
 
     D is None while it is not known. Of a folder only the first picture is read.
     """
+    if path.suffix == ".npy":
+        raise ValueError(
+            f"--target {path}: one array is no target; give {KINDS} "
+            "(numpy.savez(file, mu=mu, sigma=sigma) writes one)"
+        )
     if path.suffix == ".npz":
         if need_pictures:
             raise ValueError(
@@ -83,6 +93,10 @@ def check_target(path, D, need_pictures=False):
         count = len(read_idx(path))
     else:
         raise ValueError(f"--target {path}: no such file or folder; give {KINDS}")
+    if not count:
+        raise ValueError(
+            f"--target {path}: 0 pictures in it; read are {', '.join(sorted(PICTURES))}"
+        )
     if count <= (D or 1):
         raise ValueError(
             f"--target {path}: {count} pictures are too few for the covariance of "
@@ -136,6 +150,7 @@ def read_npz(path, *names):
     mu, sigma = read_npz("real.npz", "mu", "sigma")
     Raises ValueError, in one line naming the file, if one is missing or the file is damaged.
     """
+    check_regular(path)
     try:
         check_npz(path, *names)
         with np.load(path, allow_pickle=False) as file:
@@ -201,21 +216,75 @@ def check_judge(folder, moments="real.npz"):
 
 
 def picture_files(folder):
-    """The pictures in a folder and the folders in it, in the order of their paths."""
-    paths = Path(folder).rglob("*")
-    return sorted(path for path in paths if path.suffix.lower() in PICTURES)
+    """The pictures in a folder and the folders in it, in the order of their paths.
+
+    Hidden files and folders (their names begin with a dot) are left out, as a viewer leaves them
+    out; how many pictures are hidden or of other formats is said. Raises ValueError where two names
+    differ in the ending alone, so that it is unclear which picture is meant.
+    """
+    folder = Path(folder)
+    others = Image.registered_extensions().keys() - PICTURES
+    paths = []
+    hidden = 0
+    unread = []
+    for path in sorted(folder.rglob("*")):
+        suffix = path.suffix.lower()
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if is_hidden:
+            hidden += suffix in PICTURES and not path.name.startswith(".tmp-")
+        elif suffix in PICTURES:
+            paths.append(path)
+        elif suffix in others:
+            unread.append(path)
+    if hidden or unread:
+        endings = ", ".join(sorted({path.suffix for path in unread}))
+        kinds = f"{hidden} hidden pictures and {len(unread)} of other formats"
+        read = ", ".join(sorted(PICTURES))
+        warn(f"{folder}: leaves out {kinds}{endings and f' ({endings})'}; read are {read}")
+
+    stems = {}
+    for path in paths:
+        other = stems.setdefault(path.with_suffix(""), path)
+        if other != path:
+            raise ValueError(f"{path}: has the name of {other.name} but for the ending; remove one")
+    return paths
+
+
+@contextmanager
+def opened(path):
+    """Within the block the picture, not yet decoded. What is wrong names the file: ValueError."""
+    check_regular(path)
+    try:
+        with Image.open(path) as image:
+            # A camera's MPO holds a second picture, which no viewer shows.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                raise ValueError(f"{image.n_frames} pictures in one file")
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a picture ({error}); replace or remove it") from None
+
+
+def picture_size(path):
+    """Height and width as a viewer shows it; only the header is read. Raises ValueError."""
+    with opened(path) as image:
+        width, height = image.size
+        is_turned = image.getexif().get(ORIENTATION, 1) >= 5
+    return (width, height) if is_turned else (height, width)
 
 
 def read_picture(path):
-    """-> uint8 [3, H, W]. Raises ValueError naming the file."""
-    try:
-        with Image.open(path) as image:
-            # Converting more than 8 bits, PIL would cut values off instead of scaling them.
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{image.mode}: more than 8 bits a channel")
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a picture ({error}); replace or remove it") from None
+    """-> uint8 [3, H, W], as a viewer shows it. Raises ValueError naming the file."""
+    with opened(path) as image:
+        # Converting more than 8 bits, PIL would cut values off instead of scaling them.
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{image.mode}: more than 8 bits a channel")
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            opacity = np.asarray(upright.convert("RGBA"))[:, :, 3]
+            # What lies under it is seen nowhere, and each viewer has another background.
+            if opacity.min() < 255:
+                raise ValueError("it has transparent pixels: flatten it onto a background")
+        return np.asarray(upright.convert("RGB")).transpose(2, 0, 1)
 
 
 def read_idx(path, rank=3):

@@ -74,13 +74,13 @@ REFUSED = {
     "--eval_images 25": "--eval_images 25: must be a multiple of the 10 prompts of",
     "--eval_images 10": "2 each at least; take 20",
     "--eval_images 32": "take 30 or 40",
-    "--select all": "--keep 3: means nothing with --select all",
+    "--select all": "--keep 3: means nothing where --select is all",
     "--drift off --select all --diversity 0.3": "--diversity 0.3: --drift off would switch it off",
     "--drift off --select spread": "--select spread: --drift off would switch it off",
-    "--reward fid --reference 24 --replace 2": "--replace 2: means nothing with --price potential",
-    "--lora 4 --train all": "--train all: a LoRA learns in attention and feed-forward",
-    "--target {tmp}": ": means nothing where --reward, class:1, names neither fid nor kid",
-    "--reference 24": "--reference 24: means nothing where --reward",
+    "--reward fid --reference 24 --replace 2": "--replace 2: means nothing where --price is",
+    "--lora 4 --train all": "--train all: means nothing where --lora is given: a LoRA",
+    "--target {tmp}": ": means nothing where --reward names neither fid nor kid",
+    "--drift off --select all": "--keep 3: means nothing where --select is all, as --drift off",
     "--reward fid --reference 7": "--reference 7: must hold the 8 rollouts of an iteration",
     "--reward fid --price exact --replace 3": "--replace 3: does not divide --prompts_per_step 2",
     "--reward beauty": "'beauty' is none of class",
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_line_with_the_value(refused, words):
 def test_sizes_may_just_fit(check):
     check("--keep 4 --nearest 3 --window 0:3")
     check("--reward fid --reference 8 --price exact --replace 2")
-    check("--drift off --select all --prompt_noise 0")
+    check("--drift off --select all --prompt_noise 0 --keep 4")
 
 
 def test_a_right_command_line_is_accepted_and_completed(check, tiny):
@@ -111,33 +111,58 @@ def test_a_right_command_line_is_accepted_and_completed(check, tiny):
     assert args.prompts == str(tiny / "prompts.jsonl")
     assert args.eval_prompts == str(tiny / "eval_prompts.jsonl")
     assert len(prompts) == 30 and len(eval_prompts) == 10
-    args, *_ = check("--drift off --select all")
+    args, *_ = check("--drift off --select all --keep 4")
     assert (args.select, args.prompt_noise, args.diversity, args.keep) == ("all", 0, 0, 4)
 
 
-# Another value of each flag that needs a mechanism, and what switches that on.
-IDLE = {
-    "tau1": ("--tau1 0.5", "prompt_noise"),
-    "tau2": ("--tau2 1.0", "prompt_noise"),
-    "psi": ("--psi 0.5", "prompt_noise"),
-    "success": ("--no-success", "diversity"),
-    "gamma": ("--gamma 0.9", "diversity"),
-    "terminal": ("--terminal zero", "diversity"),
+# Another value of each flag of checks.IDLE, and what it needs besides.
+GIVEN = {
+    "keep": "--keep 3 --select window",
+    "tau1": "--tau1 0.5",
+    "tau2": "--tau2 1.0",
+    "psi": "--psi 0.5",
+    "success": "--no-success",
+    "gamma": "--gamma 0.9",
+    "terminal": "--terminal zero",
+    "keep_snapshots": "--keep_snapshots 2 --snapshot_every 1",
+    "clip": "--clip 0.3",
+    "features": "--features evaluator --reward fid --reference 8",
+    "target": "--target {tmp} --reward fid --reference 8 --features pixels",
+    "price": "--price exact --reward fid --reference 8",
+    "replace": "--replace 2 --price exact --reward fid --reference 8",
+    "reference": "--reference 24 --reward fid",
+    "refresh": "--refresh 1 --reward fid --reference 8",
+    "train": "--train all",
 }
+# What switches the mechanism off.
+OFF = {
+    "optimizer steps": "--updates 1 --passes 1",
+    "fid or kid": "--reward class",
+    "lora": "--lora 2",
+    "select": "--select all",
+    "price": "--price potential",
+    "terminal": "--terminal zero",
+    "prompt_noise": "--prompt_noise 0",
+    "diversity": "--diversity 0",
+    "snapshot_every": "--snapshot_every 0",
+}
+PAIRS = [(switch, name) for switch, _, names in checks.IDLE for name in names]
 
 
-def test_all_flags_that_need_a_mechanism_are_tested():
-    assert checks.NEEDS.keys() == IDLE.keys()
+@pytest.mark.parametrize("switch, name", PAIRS)
+def test_a_flag_that_changes_nothing_is_refused(refused, switch, name):
+    words = " ".join(GIVEN[name].split()[:2]) if switch == "fid or kid" else GIVEN[name]
+    given = "--no-success" if name == "success" else f"--{name} "
+    refused(f"{words} {OFF[switch]}", given, ": means nothing where ")
 
 
-@pytest.mark.parametrize("name", IDLE)
-def test_a_flag_whose_mechanism_is_off_means_nothing(check, refused, name):
-    given, switch = IDLE[name]
-    message = f"{given}: means nothing where --{switch} is 0"
-    check(given)
-    check(f"--{switch} 0")
-    refused(f"{given} --{switch} 0", message)
-    refused(f"{given} --drift off --select all --keep 4", f"{message}, as --drift off sets it")
+def test_a_flag_that_changes_something_is_accepted(check):
+    for name, words in GIVEN.items():
+        if name != "target":  # that of a test is too small
+            check(words)
+    for words in OFF.values():
+        check(words + (" --keep 4" if words == "--select all" else ""))
+    check("--diversity 0 --drift off --select all --keep 4")
 
 
 TABLES = [
@@ -416,7 +441,7 @@ def test_a_run_folder_that_cannot_be_used(refused, tmp_path):
     refused("", "photos: exists and is not a run", out=tmp_path / "photos")
     refused("", "file", out=tmp_path / "file")
     refused("", f"its parent {tmp_path / 'file'} is a file", out=tmp_path / "file" / "run")
-    refused("", "the name is too long", out=tmp_path / ("x" * 300))
+    refused("", "File name too long", out=tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("out", ["model/run", "model/../model/reward/run", "link/run"])
@@ -651,7 +676,7 @@ def test_pictures_have_the_size_of_each_classifier_that_is_asked(tiny, tmp_path)
     args = dataclasses.replace(default, model=str(model))
     checks.check_eval(args, default)  # of 32 x 32, as the evaluator
     args = dataclasses.replace(args, features="reward")
-    with pytest.raises(ValueError, match="pictures of 32 x 32, and .*/reward sees 28 x 28"):
+    with pytest.raises(ValueError, match="large.npz: of 32 x 32, and .*/reward sees 28 x 28"):
         checks.check_eval(args, default)
     prompts = str(tmp_path / "labelled.jsonl")
     args = dataclasses.replace(default, model=str(model), prompts=prompts)

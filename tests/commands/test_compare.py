@@ -447,6 +447,14 @@ def test_the_sheets_of_a_grid_are_before_and_after(tmp_path):
     }
 
 
+def test_a_grid_of_a_broken_picture_is_refused(tmp_path):
+    folder = write_run(tmp_path / "plain-0")
+    sheet = folder / "grids" / "00020.png"
+    sheet.write_bytes(sheet.read_bytes()[:60])
+    with pytest.raises(ValueError, match="00020.png: not a picture"):
+        compare.grid_files([folder], "")
+
+
 def test_a_grid_needs_two_pictures(tmp_path):
     folder = write_run(tmp_path / "run", PLAIN[:1])
     with pytest.raises(ValueError, match="1 pictures in grids/, and two are needed"):

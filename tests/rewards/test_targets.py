@@ -429,6 +429,86 @@ def test_a_later_picture_that_is_damaged_is_named(tmp_path):
     refused(lambda: load_target(tmp_path / "t", four, BLANK), damaged)
 
 
+# --------------------------------------------------------------------------------------------------
+# Folders of pictures as people keep them.
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def photograph(seed=0, mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 4, len(mode)), np.uint8)
+    return Image.fromarray(pixels, mode)
+
+
+def test_hidden_pictures_and_other_formats_are_left_out_and_counted(tmp_path, capsys):
+    for name in ("b.png", "a.JPG", "deeper/c.tif", "d.bmp"):
+        save(tmp_path / name, photograph())
+    for name in (".ipynb_checkpoints/b.png", "._b.png", "deeper/.x/y.jpg"):
+        save(tmp_path / name, photograph())
+    save(tmp_path / "film.gif", photograph())
+    (tmp_path / "notes.txt").write_text("no picture")
+    found = [str(path.relative_to(tmp_path)) for path in targets.picture_files(tmp_path)]
+    assert found == ["a.JPG", "b.png", "d.bmp", "deeper/c.tif"]
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: {tmp_path}: leaves out 3 hidden pictures and 1 of other")
+    assert "(.gif)" in line and line.count("\n") == 1
+
+
+def test_two_names_that_differ_in_the_ending_alone_are_refused(tmp_path):
+    save(tmp_path / "1.png", photograph())
+    save(tmp_path / "1.jpg", photograph())
+    with pytest.raises(ValueError, match=r"1\.png: has the name of 1\.jpg but for the ending"):
+        targets.picture_files(tmp_path)
+
+
+@pytest.mark.parametrize("turn, rotation", [(1, 0), (3, 180), (6, 270), (8, 90)])
+def test_a_photograph_is_turned_upright(tmp_path, turn, rotation):
+    """PIL's rotate turns against the clock; tag 6 means that the top lies on the right."""
+    tags = Image.Exif()
+    tags[0x0112] = turn
+    save(tmp_path / "a.png", photograph(), exif=tags)
+    upright = np.asarray(photograph().rotate(rotation, expand=True)).transpose(2, 0, 1)
+    assert np.array_equal(targets.read_picture(tmp_path / "a.png"), upright)
+    assert targets.picture_size(tmp_path / "a.png") == upright.shape[1:]
+
+
+def test_what_lies_under_transparent_pixels_is_not_guessed(tmp_path):
+    clear = photograph(mode="RGBA")
+    save(tmp_path / "clear.png", clear)
+    palette = Image.fromarray(np.zeros((4, 4), np.uint8), "P")
+    save(tmp_path / "palette.png", palette, transparency=0)
+    for name in ("clear.png", "palette.png"):
+        with pytest.raises(ValueError, match=f"{name}: .*transparent pixels: flatten it"):
+            targets.read_picture(tmp_path / name)
+    clear.putalpha(255)
+    save(tmp_path / "solid.png", clear)
+    pixels = np.asarray(clear.convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(targets.read_picture(tmp_path / "solid.png"), pixels)
+
+
+def test_films_fifos_and_arrays_are_no_pictures(tmp_path):
+    film = [photograph(1), photograph(2)]
+    save(tmp_path / "film.webp", film[0], save_all=True, append_images=film[1:], lossless=True)
+    with pytest.raises(ValueError, match="film.webp: .*2 pictures in one file"):
+        targets.read_picture(tmp_path / "film.webp")
+    os.mkfifo(tmp_path / "a.png")
+    for read in (targets.read_picture, targets.picture_size):
+        with pytest.raises(ValueError, match="a.png: is no regular file but a FIFO"):
+            read(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="a.npz: is no regular file but a FIFO"):
+        check_target(tmp_path / "a.npz", 5)
+    np.save(tmp_path / "mu.npy", np.zeros(5))
+    with pytest.raises(ValueError, match="mu.npy: one array is no target; .*numpy.savez"):
+        check_target(tmp_path / "mu.npy", 5)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: 0 pictures in it; read are .bmp"):
+        check_target(tmp_path / "empty", 5)
+
+
 def test_a_target_that_does_not_fit_is_refused_when_the_features_are_counted(tmp_path):
     path = tmp_path / "t.npz"
     moments_file(mu=np.zeros(4), sigma=covariance(4))(path)
