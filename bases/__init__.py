@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from bases import edm2, plug, sit
+from bases import edm2, plug, prompt_lengths, sit
 from bases.dit import DiT
 from bases.edm2 import EDM2Generator
 from bases.files import (
@@ -132,6 +132,14 @@ def check(name):
     except (ValueError, OSError) as error:
         raise ValueError(f"--model {name}: {error}") from None
     return location.folder
+
+
+def cut_prompts(name, texts):
+    """The prompts that a model's text encoders cut off -> {tokenizer folder: Cut}."""
+    location = locate(name)
+    if location.kind not in PIPELINES:
+        return {}
+    return prompt_lengths.cut_prompts(location.folder, location.kind, texts)
 
 
 def _check_edm2(file, guide):

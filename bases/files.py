@@ -384,6 +384,7 @@ def check_pipeline(folder, kind):
         _check_tokenizer(folder / f"tokenizer{suffix}")
         config = check_part(folder / f"text_encoder{suffix}")
         _check_vocabulary(folder, suffix, config)
+        _check_length(folder, suffix, config)
 
     config = check_part(folder / pipeline.network)
     _check_scheduler(folder, pipeline)
@@ -439,6 +440,21 @@ def _check_tokenizer(folder):
         raise ValueError(
             f"model_max_length {length} in tokenizer/tokenizer_config.json: "
             "must be how many tokens the text encoder takes"
+        )
+
+
+def _check_length(folder, suffix, config):
+    """A CLIP has a place for each token that its tokenizer may give it."""
+    length = read_json(folder / f"tokenizer{suffix}" / "tokenizer_config.json").get(
+        "model_max_length"
+    )
+    places = config.get("max_position_embeddings")
+    is_clip = str(config.get("model_type", "")).startswith("clip")
+    if is_clip and isinstance(length, int) and isinstance(places, int) and length > places:
+        raise ValueError(
+            f"tokenizer{suffix}/tokenizer_config.json has model_max_length {length}, and "
+            f"text_encoder{suffix}/config.json max_position_embeddings {places}; they belong to "
+            "different models"
         )
 
 
@@ -529,12 +545,12 @@ def wrapper_of(names):
 
 
 def check_regular_files(folders):
-    """Raises ValueError if these folders hold anything but files and folders.
+    """Raises ValueError if these files and folders hold anything but files and folders.
 
     They are copied when a model is saved, and libraries read in them what they like.
     """
     for folder in folders:
-        for path in sorted(folder.rglob("*")):
+        for path in (folder, *sorted(folder.rglob("*"))):
             if not path.is_dir():
                 check_regular(path)
 

@@ -14,6 +14,11 @@ from bases.packed import pack, packed_shape, stock_times, unpack
 from sampling import Flow
 
 
+def t5_tokens(config):
+    """How many tokens of a text T5 reads; config: the transformer's. dev takes more."""
+    return 512 if config.get("guidance_embeds") else 256
+
+
 class Flux(Generator):
     """A transformer in the packed latents of a VAE, a T5, and the pooled vector of a CLIP."""
 
@@ -31,7 +36,7 @@ class Flux(Generator):
         ]
         config = self.network.config
         self.takes_guidance = config.guidance_embeds
-        self.t5_tokens = 512 if self.takes_guidance else 256
+        self.t5_tokens = t5_tokens(self.network.config)
         self.shape = packed_shape(folder, config.in_channels)
         self.path = Flow()._replace(times=stock_times(folder, self.shape))
 

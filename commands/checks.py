@@ -35,13 +35,21 @@ from commands.picture_sets import (
     training_prompts,
 )
 from prompting import read_prompts
-from rewards import DISTRIBUTION, check_labels, check_reward, needs_labels, parse
+from rewards import (
+    DISTRIBUTION,
+    check_labels,
+    check_reward,
+    cut_texts,
+    needs_labels,
+    parse,
+)
 from rewards.classifier import check_classifier
 from rewards.features import ANYWHERE, TINY, check_features
 from rewards.targets import KINDS, check_judge, check_real, check_target, target_path
 from sampling import VP
 from support import compiling, files
 from support.averages import sweep
+from support.guards import warn
 
 LARGEST_SEED = 2**63 - 1  # that torch takes
 
@@ -264,6 +272,25 @@ def check_asked_labels(args, judge, prompts, eval_prompts, eval_file):
         check_labels(prompts, args.prompts, classes)
 
 
+def say_cut_prompts(model, reward, *lists):
+    """One line for each text encoder, of the model or the reward, that cuts prompts off.
+
+    lists: of prompts.
+    """
+    texts = list(dict.fromkeys(prompt.text for prompts in lists for prompt in prompts))
+    cuts = {}
+    if model:
+        for part, cut in bases.cut_prompts(model, texts).items():
+            cuts[f"{part}/ of {model}"] = cut
+    if reward:
+        cuts |= cut_texts(reward, texts)
+    for where, (limit, longer) in cuts.items():
+        warn(
+            f"{len(longer)} of {len(texts)} prompts are cut off at the end, because {where} takes "
+            f"{limit} tokens; the first is {longer[0][:60]!r}"
+        )
+
+
 def prices_sets(reward):
     """Whether a reward names fid or kid, which price sets of pictures."""
     return any(name in DISTRIBUTION for name in parse(reward))
@@ -317,6 +344,7 @@ def check(args, default):
     check_shard(args, process_count())
     check_out(args.out, args.model)
     files.open_run(args.out, vars(args), FREE)
+    say_cut_prompts(args.model, args.reward, prompts, eval_prompts)
     return args, prompts, eval_prompts
 
 
@@ -548,6 +576,7 @@ def check_merge(args, default):
         return args, base, views, [], []
     args, prompts, eval_prompts = check_search(args, default, folder)
     files.open_run(args.out, vars(args), free=("out",))
+    say_cut_prompts(base, args.reward, prompts, eval_prompts)
     return args, base, views, prompts, eval_prompts
 
 
@@ -713,6 +742,7 @@ def check_images(args):
     prompts = read_prompts(file)
     args = dataclasses.replace(args, n=args.n or risen(DRAWN, DRAWN, len(prompts)))
     choose(args.n, args.n, len(prompts), args.prompts)
+    say_cut_prompts(args.model, "", prompts)
 
     if sidecar(out).is_file():
         saved = read_sidecar(out)
@@ -774,6 +804,11 @@ def check_score(args, default):
     if not args.reward and has_labels and (folder / "reward").is_dir():
         args = dataclasses.replace(args, reward="class")
     check_score_networks(args, folder, sets, has_labels)
+    for pictures, is_drawn in zip(sets, are_drawn):
+        if is_drawn:
+            say_cut_prompts(pictures.model, args.reward, pictures.prompts)
+        elif args.reward:
+            say_cut_prompts("", args.reward, pictures.prompts)
     return args, (folder, sets)
 
 

@@ -144,6 +144,20 @@ def parse(spec):
 # Checks, before anything is loaded.
 
 
+def cut_texts(spec, texts):
+    """The prompts that the CLIPs of --reward cut off -> {model: (limit, the texts)}."""
+    cuts = {}
+    for term in parse_terms(spec).values():
+        if term.name in CLIPS and term.name != "aesthetic":  # which reads no text
+            config, tokenizer, _ = read_clip(term.model)
+            limit = config.text_config.max_position_embeddings
+            numbers = tokenizer(texts, truncation=False).input_ids
+            longer = [text for text, row in zip(texts, numbers) if len(row) > limit]
+            if longer:
+                cuts[term.model] = (limit, longer)
+    return cuts
+
+
 def needs_labels(spec):
     """Whether a term asks the model folder's classifier, and so a "label" beside every prompt."""
     return any(term.name in NAMES for term in parse_terms(spec).values())

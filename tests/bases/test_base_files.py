@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_bases import TEXTS, draw, edit_json, file_of
 
 import bases
@@ -209,6 +210,49 @@ def to_pickle(part):
     return change
 
 
+def to_variant(part):
+    """A part's weights get the name that save_pretrained(variant="fp16") gives them."""
+
+    def change(folder):
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+
+    return change
+
+
+def to_fifo(path):
+    def change(folder):
+        (folder / path).unlink(missing_ok=True)
+        os.mkfifo(folder / path)
+
+    return change
+
+
+def change_tensors(path, change_state):
+    """The tensors of a safetensors file become change_state({name: tensor})."""
+
+    def change(folder):
+        with safe_open(folder / path, "pt") as file:
+            facts = file.metadata()
+        save_file(change_state(load_file(folder / path)), folder / path, facts)
+
+    return change
+
+
+def with_infinity(state):
+    name = min(state)
+    state[name].view(-1)[0] = torch.inf
+    return state
+
+
+def without_one(state):
+    return {name: state[name] for name in sorted(state)[1:]}
+
+
+def with_one_more(state):
+    return state | {"stray.weight": torch.ones(1)}
+
+
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZER = "tokenizer/tokenizer_config.json"
@@ -244,6 +288,20 @@ BAD = [  # family, what becomes of its folder, what the line must name
     ("sd3", edit(SCHEDULER, shift=0), "shift 0"),
     ("sd3", edit(SCHEDULER, use_dynamic_shifting=True), "use_dynamic_shifting True"),
     ("sd3", put(SCHEDULER, '{"beta_start": 1}'), "no shift"),
+    ("sd1", edit(SCHEDULER, _class_name="LCMScheduler"), "LCMScheduler in scheduler/"),
+    ("sdxl", edit(SCHEDULER, _class_name="EDMEulerScheduler"), "EDMEulerScheduler in scheduler/"),
+    ("sd3", edit(SCHEDULER, _class_name="DDIMScheduler"), "DDIMScheduler in scheduler/"),
+    ("sd1", edit("unet/config.json", time_cond_proj_dim=256), "time_cond_proj_dim 256"),
+    ("sd3", edit("transformer/config.json", num_layers=0), "num_layers 0"),
+    ("sd1", edit("unet/config.json", sample_size=-1), "sample_size -1"),
+    ("sd1", to_variant("text_encoder"), "only the variant fp16 is there"),
+    ("sd3", to_variant("transformer"), "only the variant fp16 is there"),
+    ("sd1", edit("text_encoder/config.json", max_position_embeddings=7), "embeddings 7; they"),
+    ("sd3", edit("text_encoder_2/config.json", vocab_size=9), "text_encoder_2/config.json vocab_"),
+    ("sd3", edit("text_encoder_3/config.json", vocab_size=9), "tokenizer_3/tokenizer.json has the"),
+    ("sd1", to_fifo("tokenizer/merges.txt"), "merges.txt: is no regular file but a FIFO"),
+    ("sd1", to_fifo("unet/config.json"), "unet/config.json: is no regular file but a FIFO"),
+    ("sit", to_fifo("classes.txt"), "classes.txt: is no regular file but a FIFO"),
     ("edm2", drop("vae"), "stabilityai/sd-vae-ft-mse"),
     ("sit", cut("net.safetensors"), "net.safetensors: truncated"),
     ("sit", put("classes.txt", "a\nb"), "2 lines for 5 classes"),
@@ -262,6 +320,33 @@ def test_a_bad_file_is_named_in_one_line(names, tmp_path, family, spoil, line):
         name = str(folder)
     spoil(folder)
     refused(name, line)
+
+
+WEIGHTS = [  # what only loading shows
+    ("sd1", UNET, with_infinity, "unet: conv_in.bias holds NaN or infinity"),
+    ("sd1", "text_encoder/model.safetensors", with_infinity, "text_encoder: "),
+    ("sit", "net.safetensors", with_infinity, "holds NaN or infinity"),
+    ("edm2", "net.safetensors", with_infinity, "not finite numbers"),
+    ("sd1", "text_encoder/model.safetensors", without_one, "no weights of its shape for "),
+    ("sd3", "vae/diffusion_pytorch_model.safetensors", without_one, "no weights of its shape"),
+    ("sd1", UNET, with_one_more, "it has no place for stray.weight"),
+]
+
+
+@pytest.mark.parametrize("family, path, change, line", WEIGHTS)
+def test_weights_that_are_not_the_networks_are_refused(
+    names, tmp_path, family, path, change, line, capfd
+):
+    folder = tmp_path / "model"
+    source = file_of(names[family]).parent if family in ("sit", "edm2") else names[family]
+    shutil.copytree(source, folder)
+    change_tensors(path, change)(folder)
+    name = f"{family}:{folder / path}" if family in ("sit", "edm2") else str(folder)
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=line) as error:
+        bases.load(name)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""  # nor does a library say it before us
 
 
 def test_a_network_of_another_family_is_refused(names):

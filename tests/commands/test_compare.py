@@ -410,7 +410,10 @@ def test_runs_of_a_base_without_an_evaluator_are_compared(tiny, tmp_path, capsys
     shutil.copytree(tiny, base)
     shutil.rmtree(base / "evaluator")
     for seed in ("0", "1"):
-        for name, flags in (("plain", ("--drift", "off", "--select", "all")), ("drift", ())):
+        for name, flags in (
+            ("plain", ("--drift", "off", "--select", "all", "--keep", "4")),
+            ("drift", ()),
+        ):
             out = tmp_path / f"{name}-{seed}"
             launch(small(base, out, "--reward", "jpeg", "--seed", seed, *flags))
     folders = sorted(tmp_path.glob("plain-*")) + sorted(tmp_path.glob("drift-*"))
@@ -479,7 +482,7 @@ def test_the_commands_print_and_draw(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_runs_of_train_are_compared(tiny, tmp_path, capsys):
-    launch(small(tiny, tmp_path / "plain", "--drift", "off", "--select", "all"))
+    launch(small(tiny, tmp_path / "plain", "--drift", "off", "--select", "all", "--keep", "4"))
     launch(small(tiny, tmp_path / "drift"))
     capsys.readouterr()
     command("compare", tmp_path / "plain", tmp_path / "drift", "--out", tmp_path / "c.png")

@@ -232,6 +232,23 @@ def test_a_new_run_begins_at_the_start_and_writes_nothing_before_its_log(tmp_pat
     assert (out / "metrics.jsonl").read_text() == '{"iteration": 0, "eval/vendi": 0.333333}\n'
 
 
+def test_a_statistic_that_teaches_nothing_is_said_once(tmp_path, capsys, monkeypatch):
+    run = training.Run.__new__(training.Run)
+    run.args, run.constant = train.Args(), {}
+    guards.warn.cache_clear()
+    equal = torch.ones(2, 4)
+    other = torch.arange(8.0).reshape(2, 4)
+    groups = train.Groups(None, {"class": other, "dull": equal}, None, equal[None], None)
+    for iteration in range(30):
+        # The reward differs once, in one group; the diversity never does.
+        dull = torch.cat([equal[:1], other[:1]]) if iteration == 8 else equal
+        run.watch(groups._replace(rewards={"class": other, "dull": dull}))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("warning: the diversity was the same for all rollouts")
+    assert lines[1].startswith("warning: the reward dull was the same for all rollouts")
+
+
 def test_a_run_goes_on_from_its_newest_checkpoint_and_forgets_later_lines(tmp_path):
     run = open_run(tmp_path, keep_checkpoints=1)
     run.open_log()

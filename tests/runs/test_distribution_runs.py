@@ -180,7 +180,7 @@ def test_a_refresh_replaces_all_members_and_finds_no_drift(tiny, tmp_path, monke
 @pytest.mark.parametrize(
     "flags",
     [
-        "--drift off --select all --prompt_noise 0 --diversity 0 --std none",
+        "--drift off --select all --keep 4 --prompt_noise 0 --diversity 0 --std none",
         "--select spread --gardo --kl 0.1 --guidance 2",
         "--ema 0.5 --train all --refresh 1 --kernel flow-grpo",
         "--diversity_features latents --no-success --batch 3 --passes 2 --updates 1",

@@ -304,7 +304,7 @@ def test_all_weights_that_matter_move_when_all_are_trained(tiny, tmp_path):
 @pytest.mark.slow
 def test_drift_off_is_plain_grpo(tiny, tmp_path):
     by_hand = "--select all --keep 4 --prompt_noise 0 --diversity 0".split()
-    launch(small(tiny, tmp_path / "off", "--drift", "off", "--select", "all"))
+    launch(small(tiny, tmp_path / "off", "--drift", "off", "--select", "all", "--keep", "4"))
     launch(small(tiny, tmp_path / "by_hand", *by_hand))
     assert read_metrics(tmp_path / "off") == read_metrics(tmp_path / "by_hand")
     assert_same_tensors(read_weights(tmp_path / "off"), read_weights(tmp_path / "by_hand"))
@@ -771,7 +771,7 @@ def test_equal_rewards_teach_nothing_and_break_nothing(tiny, tmp_path, monkeypat
     monkeypatch.setitem(
         classifier.NAMES, "class", lambda logits, labels, images: torch.full((len(images),), 0.1)
     )
-    launch(small(tiny, tmp_path / "plain", "--drift", "off", "--select", "all"))
+    launch(small(tiny, tmp_path / "plain", "--drift", "off", "--select", "all", "--keep", "4"))
     for row in read_metrics(tmp_path / "plain")[1:]:
         assert row["zero_std_fraction"] == 1
         assert row["grad_norm"] == 0
@@ -856,8 +856,10 @@ def rise(out, name):
 @pytest.mark.parametrize(
     "flags, sign",
     [
-        pytest.param("--drift off --select all --prompt_noise 0", 1, marks=pytest.mark.run),
-        pytest.param("--drift off --select all --prompt_noise 0", -1, marks=pytest.mark.slow),
+        pytest.param(
+            "--select all --keep 16 --diversity 0 --prompt_noise 0", 1, marks=pytest.mark.run
+        ),
+        pytest.param("--drift off --keep 16", -1, marks=pytest.mark.slow),
         pytest.param("--diversity 0 --select window", 1, marks=pytest.mark.slow),
         pytest.param("--diversity 0.3", 1, marks=pytest.mark.slow),
     ],
