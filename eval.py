@@ -140,6 +140,7 @@ class Evaluator:
     def __call__(self, iteration):
         with self.setup.averages.applied():
             images = self.draw()
+        guards.finite({f"a picture of the evaluation at iteration {iteration}": images})
         self.save_grid(iteration, images)
         scores = self.alignment_and_diversity(images)
         if self.setup.reference_set:
@@ -211,6 +212,7 @@ def score(images, labels, evaluator, real):
     """
     P = len(labels)
     features = torch.cat([evaluator.features(part) for part in images.split(500)])  # [P n, 64]
+    guards.finite({"a feature of the evaluator": features})
     groups = features.reshape(P, -1, features.shape[1])  # [P, n, 64]
     asked = torch.tensor(labels, device=images.device).repeat_interleave(groups.shape[1])
 
@@ -240,7 +242,9 @@ def score_without_judge(images, prompts, reward, diversity_features, batch):
     features = []
     for part in images.split(batch):
         features.append(diversity_features(part) if diversity_features else part.flatten(1))
-    features = torch.nn.functional.normalize(torch.cat(features).double(), dim=1)
+    features = torch.cat(features).double()
+    guards.finite({"a feature of --diversity_features": features})
+    features = torch.nn.functional.normalize(features, dim=1)
     groups = features.reshape(P, -1, features.shape[1])  # [P, n, F]
     kernels = groups @ groups.transpose(1, 2) / groups.shape[1]  # [P, n, n], each of trace 1
     vendi = groups.new_tensor([effective_number(kernel) for kernel in kernels])  # [P]
@@ -307,7 +311,9 @@ def network_outputs(picture_set, networks, device):
         if prompts:
             batch = numbers[done : done + len(images)]
             batch_prompts = [prompts[number * len(prompts) // N] for number in batch]
+        guards.finite({f"a picture of {picture_set.name}": images})
         batches.append(networks(images, batch_prompts))
+        guards.finite({f"{name} of {picture_set.name}": x for name, x in batches[-1].items()})
         done += len(images)
         bar.update(len(images))
     bar.close()

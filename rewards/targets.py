@@ -201,8 +201,11 @@ def read_moments(path, D):
 
 
 def check_real(path):
-    """Raises ValueError, in one line, if the moments of real images and their scale are missing."""
-    read_npz(path, "mu", "sigma", "scale")
+    """Raises ValueError, in one line, unless a file has the moments of real images, and a scale."""
+    read_moments(path, None)
+    (scale,) = read_npz(path, "scale")
+    if scale.shape != () or not 0 < scale < math.inf:
+        raise ValueError(f"{path}: scale is {scale}; expected one positive number")
 
 
 def check_judge(folder, moments="real.npz"):

@@ -1,5 +1,7 @@
 """Prompt files, the order of the prompts, and the annealed noise on their embeddings."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,22 @@ def test_a_bad_file_is_named(tmp_path, name, content, words):
         read_prompts(write(tmp_path, name, content))
     assert str(tmp_path / name) in str(caught.value)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\udfff a", "a \\ud83d"])
+def test_half_a_character_is_refused(tmp_path, half):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "{half} coat"}}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: holds half a character"):
+        read_prompts(path)
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.txt")
+    (tmp_path / "q.txt").symlink_to("/dev/zero")
+    for name in ("p.txt", "q.txt"):
+        with pytest.raises(ValueError, match=f"{name}: is no regular file"):
+            read_prompts(tmp_path / name)
 
 
 def test_a_missing_file_or_a_folder_is_named(tmp_path):

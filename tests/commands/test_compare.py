@@ -410,12 +410,9 @@ def test_runs_of_a_base_without_an_evaluator_are_compared(tiny, tmp_path, capsys
     shutil.copytree(tiny, base)
     shutil.rmtree(base / "evaluator")
     for seed in ("0", "1"):
-        for name, flags in (
-            ("plain", ("--drift", "off", "--select", "all", "--keep", "4")),
-            ("drift", ()),
-        ):
+        for name, words in (("plain", "--drift off --select all --keep 4"), ("drift", "")):
             out = tmp_path / f"{name}-{seed}"
-            launch(small(base, out, "--reward", "jpeg", "--seed", seed, *flags))
+            launch(small(base, out, "--reward", "jpeg", "--seed", seed, *words.split()))
     folders = sorted(tmp_path.glob("plain-*")) + sorted(tmp_path.glob("drift-*"))
     capsys.readouterr()
     command("compare", *folders, "--out", tmp_path / "c.png")

@@ -17,7 +17,7 @@ from bases.generator import Generator
 from commands import checks, training
 from rewards.classifier import Classifier
 from sampling import EDM, FLOW
-from support import files, flags
+from support import files, flags, guards
 from support.averages import EMA_LENGTHS, Averages
 
 # --------------------------------------------------------------------------------------------------

@@ -90,3 +90,25 @@ def test_a_mistake_is_one_line_of_the_first_process(monkeypatch, capsys, rank, l
 def test_other_errors_are_not_the_users_mistake():
     with pytest.raises(RuntimeError), flags.refusing():
         raise RuntimeError("a bug")
+
+
+HOSTILE = ["two\nlines", "\x1b[2Jcleared", "a\u202egnp.exe", "\ud800", "x" * 5000, "\0" * 400]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_message_is_one_short_line_that_no_terminal_obeys(text, capsys):
+    with pytest.raises(SystemExit), flags.refusing():
+        raise ValueError(f"--out {text}: is no folder; choose another --out")
+    with pytest.raises(SystemExit):
+        flags.parse_args(Args, "", ["draw", "a", "--kernel", text])
+    lines = capsys.readouterr().err.split("\n")[:-1]
+    assert len(lines) == 2
+    for line, end in zip(lines, ("; choose another --out", "; --help lists the flags")):
+        assert line.startswith("error: ") and line.endswith(end)
+        assert len(line) <= 300 and line.isprintable()
+
+
+def test_a_short_message_is_left_as_it_is():
+    text = "--lr -1: zu klein, größer als 0; 東京"
+    assert flags.one_line(text) == text
+    assert len(flags.one_line("a" * 300, 30)) <= 30
