@@ -847,6 +847,9 @@ TEACH = (
 ).split()
 
 
+PLAIN = "--select all --diversity 0 --prompt_noise 0"
+
+
 def rise(out, name):
     """How much a metric rose from the first three iterations to the last three."""
     curve = [row[name] for row in read_metrics(out)[1:]]
@@ -856,10 +859,8 @@ def rise(out, name):
 @pytest.mark.parametrize(
     "flags, sign",
     [
-        pytest.param(
-            "--select all --keep 16 --diversity 0 --prompt_noise 0", 1, marks=pytest.mark.run
-        ),
-        pytest.param("--drift off --keep 16", -1, marks=pytest.mark.slow),
+        pytest.param(f"{PLAIN} --keep 16", 1, marks=pytest.mark.run),
+        pytest.param(f"{PLAIN} --keep 16", -1, marks=pytest.mark.slow),
         pytest.param("--diversity 0 --select window", 1, marks=pytest.mark.slow),
         pytest.param("--diversity 0.3", 1, marks=pytest.mark.slow),
     ],

@@ -212,16 +212,22 @@ def build_dit(folder):
         (build_dit, "1\n3\n", "transformer/diffusion_pytorch_model.safetensors"),
     ],
 )
-def test_other_bases_can_be_sharded(tmp_path, build, prompts, saved):
+def test_other_bases_can_be_sharded(tmp_path, monkeypatch, build, prompts, saved):
+    # A smooth reward: the bytes of a JPEG jump with the rounding of one pixel.
+    text = "def light(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n"
+    (tmp_path / "smooth.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
     model = build(tmp_path)
     (tmp_path / "prompts.txt").write_text(prompts)
     flags = (
-        "--eval_images 4 --eval_every 2 --save_every 2 --reward jpeg:1 --train all --kl 0.1 "
-        "--diversity_features latents --decode_batch 2 --guidance 2 --batch 4 --checkpointing"
+        "--eval_images 4 --eval_every 2 --save_every 2 --reward smooth:light --train all "
+        "--kl 0.1 --diversity_features latents --decode_batch 2 --guidance 2 --batch 4 "
+        "--checkpointing"
     ).split()
     flags += ["--prompts", tmp_path / "prompts.txt"]
     launch(small(model, tmp_path / "one", *flags))
-    code, _, error = launch_process(small(model, tmp_path / "two", *flags, "--shard"), processes=2)
+    argv = small(model, tmp_path / "two", *flags, "--shard")
+    code, _, error = launch_process(argv, processes=2, PYTHONPATH=str(tmp_path))
     assert code == 0, error
     for row, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")):
         assert row == pytest.approx(expected, rel=2e-2, abs=2e-3)
