@@ -26,7 +26,7 @@ import bases
 from bases import files as base_files
 from prompting import read_prompts
 from rewards import metrics
-from rewards.targets import picture_files, picture_size, read_npz, read_picture
+from rewards.targets import PICTURES, endings, picture_files, picture_size, read_npz, read_picture
 from sampling import sample, seeded_noise
 from support import files, flags, processes
 
@@ -279,6 +279,11 @@ def open_pictures(args, name):
     try:
         folder = bases.check(name)
     except ValueError as error:
+        if path.is_dir() and not is_model:
+            raise ValueError(
+                f"{name}: neither pictures (0 in it, {endings(path)}) nor a model "
+                f"(no model_index.json); read are {', '.join(sorted(PICTURES))}"
+            ) from None
         raise ValueError(
             f"{name}: neither pictures (a folder, or an .npz with arr_0) nor a model ({error})"
         ) from None

@@ -45,7 +45,8 @@ DAMAGED = (
     zipfile.BadZipFile,
 )
 
-ORIENTATION = 0x0112  # the tag of a photograph: 5 and above lie on their side
+ORIENTATION = 0x0112  # the tag of a photograph
+ON_ITS_SIDE = {5, 6, 7, 8}  # its values where height and width change places
 
 KINDS = "an .npz with mu and sigma, a folder of pictures or an idx file"
 
@@ -95,7 +96,8 @@ def check_target(path, D, need_pictures=False):
         raise ValueError(f"--target {path}: no such file or folder; give {KINDS}")
     if not count:
         raise ValueError(
-            f"--target {path}: 0 pictures in it; read are {', '.join(sorted(PICTURES))}"
+            f"--target {path}: 0 pictures in it, {endings(path)}; "
+            f"read are {', '.join(sorted(PICTURES))}"
         )
     if count <= (D or 1):
         raise ValueError(
@@ -240,10 +242,10 @@ def picture_files(folder):
         elif suffix in others:
             unread.append(path)
     if hidden or unread:
-        endings = ", ".join(sorted({path.suffix for path in unread}))
+        formats = ", ".join(sorted({path.suffix for path in unread}))
         kinds = f"{hidden} hidden pictures and {len(unread)} of other formats"
         read = ", ".join(sorted(PICTURES))
-        warn(f"{folder}: leaves out {kinds}{endings and f' ({endings})'}; read are {read}")
+        warn(f"{folder}: leaves out {kinds}{formats and f' ({formats})'}; read are {read}")
 
     stems = {}
     for path in paths:
@@ -251,6 +253,22 @@ def picture_files(folder):
         if other != path:
             raise ValueError(f"{path}: has the name of {other.name} but for the ending; remove one")
     return paths
+
+
+def endings(folder):
+    """What the visible files of a folder without pictures end in, in words; at most five of them.
+
+    endings(folder) -> "its files are .gif, .heic"
+    """
+    found = set()
+    for path in Path(folder).rglob("*"):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") for part in parts):
+            found.add(path.suffix or path.name)
+    if not found:
+        return "and no other visible file"
+    names = ", ".join(sorted(found)[:5])
+    return f"its files are {names}{' and others' if len(found) > 5 else ''}"
 
 
 @contextmanager
@@ -268,10 +286,15 @@ def opened(path):
 
 
 def picture_size(path):
-    """Height and width as a viewer shows it; only the header is read. Raises ValueError."""
+    """Height and width as a viewer shows it. Raises ValueError naming the file.
+
+    Only the header is read, but for a PNG that is not square: its tags may stand at its end.
+    """
     with opened(path) as image:
         width, height = image.size
-        is_turned = image.getexif().get(ORIENTATION, 1) >= 5
+        is_turned = False
+        if width != height and image.format != "TIFF":  # PIL has turned a TIFF's size already
+            is_turned = image.getexif().get(ORIENTATION) in ON_ITS_SIDE
     return (width, height) if is_turned else (height, width)
 
 

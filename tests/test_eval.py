@@ -645,6 +645,10 @@ def place(tiny, tmp_path_factory):
     for name in ("photos", "stale.npz.parts"):
         (place / name).mkdir()
         Image.fromarray(pixels[0]).save(place / name / "000000.png")
+    (place / "odd").mkdir()
+    for number, image in enumerate(map(Image.fromarray, pixels)):
+        size = (32, 32) if number == 7 else (28, 28)
+        image.resize(size).save(place / "odd" / f"{number:06d}.png")
     coat = '{"prompt": "a coat", "label": 4}\n'
     (place / "ten.jsonl").write_text(coat * 10)
     (place / "unlabelled.jsonl").write_text(coat + '{"prompt": "a bag"}\n')
@@ -669,6 +673,7 @@ REFUSED = [  # command line, what the message must hold
     ("score asked.npz", "gone-model"),
     ("score few.npz --model tiny", "5 pictures are too few"),
     ("score large.npz --model tiny", "56 x 56, and tiny/evaluator sees 28 x 28"),
+    ("score odd --model tiny", "odd/000007.png: of 32 x 32, and tiny/evaluator sees 28 x 28"),
     ("score good.npz more.npz --model tiny", "compare equal ones; --n 20"),
     ("score asked.npz other.npz --model tiny", "of different prompts"),
     ("score good.npz --model tiny --reward ink", "--reward ink: needs to know what was asked for"),

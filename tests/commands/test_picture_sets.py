@@ -505,7 +505,7 @@ def write_set(folder, kind, pixels, tiny):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("empty", "neither pictures .* nor a model"),
+        ("empty", "neither pictures .* nor a model .*; read are .bmp"),
         ("run", "is a run folder; give its model/"),
         ("broken picture", "0.png"),
         ("unfinished", "1 pictures of 20; finish it"),

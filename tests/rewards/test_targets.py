@@ -464,15 +464,28 @@ def test_two_names_that_differ_in_the_ending_alone_are_refused(tmp_path):
         targets.picture_files(tmp_path)
 
 
-@pytest.mark.parametrize("turn, rotation", [(1, 0), (3, 180), (6, 270), (8, 90)])
-def test_a_photograph_is_turned_upright(tmp_path, turn, rotation):
-    """PIL's rotate turns against the clock; tag 6 means that the top lies on the right."""
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("turn, rotation", [(1, 0), (3, 180), (6, 270), (8, 90), (99, 0)])
+def test_a_photograph_is_turned_upright(tmp_path, turn, rotation, ending):
+    """PIL's rotate turns against the clock; tag 6 means that the top lies on the right.
+
+    99 means nothing. Of a TIFF, PIL turns the size when it opens it, and no other's.
+    """
+    path = tmp_path / f"a.{ending}"
     tags = Image.Exif()
     tags[0x0112] = turn
-    save(tmp_path / "a.png", photograph(), exif=tags)
+    save(path, photograph(), exif=tags)
     upright = np.asarray(photograph().rotate(rotation, expand=True)).transpose(2, 0, 1)
-    assert np.array_equal(targets.read_picture(tmp_path / "a.png"), upright)
-    assert targets.picture_size(tmp_path / "a.png") == upright.shape[1:]
+    assert np.array_equal(targets.read_picture(path), upright)
+    assert targets.picture_size(path) == upright.shape[1:]
+
+
+def test_of_a_square_picture_only_the_header_is_read(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(content[: len(content) // 2])
+    assert targets.picture_size(tmp_path / "half.png") == (64, 64)
 
 
 def test_what_lies_under_transparent_pixels_is_not_guessed(tmp_path):
@@ -505,7 +518,10 @@ def test_films_fifos_and_arrays_are_no_pictures(tmp_path):
     with pytest.raises(ValueError, match="mu.npy: one array is no target; .*numpy.savez"):
         check_target(tmp_path / "mu.npy", 5)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: 0 pictures in it; read are .bmp"):
+    with pytest.raises(ValueError, match="empty: 0 pictures in it, and no other .*; read are .bmp"):
+        check_target(tmp_path / "empty", 5)
+    (tmp_path / "empty" / "a.heic").touch()
+    with pytest.raises(ValueError, match="empty: 0 pictures in it, its files are .heic; read are"):
         check_target(tmp_path / "empty", 5)
 
 
