@@ -44,7 +44,7 @@ from rewards import (
     parse,
 )
 from rewards.classifier import check_classifier
-from rewards.features import ANYWHERE, TINY, check_features
+from rewards.features import ANYWHERE, TINY, check_features, seen_side
 from rewards.targets import KINDS, check_judge, check_real, check_target, target_path
 from sampling import VP
 from support import compiling, files
@@ -191,7 +191,8 @@ def check_device(args):
 
 
 def check_out(out, model):
-    """--out lies in nothing that is copied from the base. (It would be copied into itself.)"""
+    """--out can be written, and lies in nothing that is copied from the base with the model."""
+    files.check_writable(out)
     for path in copied_folders(model):
         need(
             not Path(out).resolve().is_relative_to(path.resolve()),
@@ -479,7 +480,8 @@ def check_distribution(args, folder):
     """What a distribution-wise reward needs: features, target, sizes."""
     D = check_features(args.features, folder)
     target = target_path(args.target, args.features, folder)
-    check_target(target, D, need_pictures="kid" in parse(args.reward))
+    side = seen_side(args.features, folder)
+    check_target(target, D, need_pictures="kid" in parse(args.reward), side=side)
     if args.features == "evaluator":  # then the reward's classifier judges
         check_judge(folder / "reward")
     rollouts = args.prompts_per_step * args.group_size
@@ -629,8 +631,9 @@ def check_search(args, default, folder):
         prompts=training_prompts(args.prompts, folder),
     )
     if prices:
+        side = seen_side(args.features, folder)
         for path in (args.target, args.report_target):
-            check_target(Path(path), D, need_pictures="kid" in parse(args.reward))
+            check_target(Path(path), D, need_pictures="kid" in parse(args.reward), side=side)
     judge = folder / ("reward" if args.features == "evaluator" else "evaluator")
     if judge.is_dir():
         check_judge(judge, "real-2.npz")
@@ -857,7 +860,7 @@ def check_score_networks(args, folder, sets, has_labels):
     target = target_path(args.target, args.features, folder)
     if args.features in TINY:
         check_real(folder / args.features / "real.npz")
-    check_target(target, D)
+    check_target(target, D, side=seen_side(args.features, folder))
 
     if args.features in TINY:
         asked.append(folder / args.features)

@@ -166,15 +166,15 @@ def needs_labels(spec):
 def check_term(term):
     """Raises whatever is wrong with what a term needs: its CLIP, its head, your function."""
     if term.name in CLIPS:
+        if term.name == "aesthetic":
+            load_head(term.argument)  # first, because a CLIP may have to be fetched
         config, _, _ = read_clip(term.model)
         features = config.projection_dim
-        if term.name == "aesthetic":
-            load_head(term.argument)
-            if features != HEAD_FEATURES:
-                raise ValueError(
-                    f"{term.model} has {features} features, and the head needs "
-                    f"{HEAD_FEATURES}; name a CLIP ViT-L/14"
-                )
+        if term.name == "aesthetic" and features != HEAD_FEATURES:
+            raise ValueError(
+                f"{term.model} has {features} features, and the head needs "
+                f"{HEAD_FEATURES}; name a CLIP ViT-L/14"
+            )
     if term.name not in KNOWN:
         load_function(term.name, term.argument)
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards.classifier import check_classifier, load_classifier
-from support.files import to_bytes, to_uint8
+from support.files import check_regular, to_bytes, to_uint8
 
 # The model folder's own classifiers.
 TINY = ("reward", "evaluator")
@@ -142,6 +142,7 @@ def check_features(spec, folder, flag="features"):
     if spec == "pixels":
         return None  # it depends on the size of the images
     if kind == "inception":
+        check_regular(argument)
         if not is_torchscript(argument):
             file = argument or "no file"
             raise ValueError(
@@ -162,6 +163,11 @@ def check_features(spec, folder, flag="features"):
             raise ValueError(f"--{flag} {spec}: {reason}") from None
         return None
     raise ValueError(f"--{flag} {spec}: none of reward, evaluator, {choices(flag)}")
+
+
+def seen_side(spec, folder):
+    """The side of the only pictures that a network sees, or None where it sees any. See above."""
+    return check_classifier(Path(folder) / spec)["size"] if spec in TINY else None
 
 
 def is_torchscript(path):

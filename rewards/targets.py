@@ -67,10 +67,12 @@ def target_path(target, spec, folder):
     return Path(folder) / spec / "real.npz"
 
 
-def check_target(path, D, need_pictures=False):
+def check_target(path, D, need_pictures=False, side=None):
     """Raises ValueError, in one line, if a target cannot be used with D features.
 
-    D is None while it is not known. Of a folder only the first picture is read.
+    D is None while it is not known. side: of the only pictures that the
+    features see, if it matters.
+    Of a folder only the first picture is read, and the sizes of all where they matter.
     """
     if path.suffix == ".npy":
         raise ValueError(
@@ -90,8 +92,14 @@ def check_target(path, D, need_pictures=False):
         count = len(files)
         if files:
             read_picture(files[0])
+        if side:
+            for file in files:
+                check_side(file, picture_size(file), side)
     elif path.is_file():
-        count = len(read_idx(path))
+        pixels = read_idx(path)
+        count = len(pixels)
+        if side:
+            check_side(path, pixels.shape[1:], side)
     else:
         raise ValueError(f"--target {path}: no such file or folder; give {KINDS}")
     if not count:
@@ -103,6 +111,15 @@ def check_target(path, D, need_pictures=False):
         raise ValueError(
             f"--target {path}: {count} pictures are too few for the covariance of "
             f"{D or 'any'} features; give more than {D or 1}"
+        )
+
+
+def check_side(path, size, side):
+    """Raises ValueError, naming the file, unless a picture of (height, width) has that side."""
+    if size != (side, side):
+        raise ValueError(
+            f"{path}: of {size[0]} x {size[1]}, and these features see {side} x {side}; "
+            "resize it, or choose other --features"
         )
 
 
@@ -275,14 +292,17 @@ def endings(folder):
 def opened(path):
     """Within the block the picture, not yet decoded. What is wrong names the file: ValueError."""
     check_regular(path)
+    frames = 1
     try:
         with Image.open(path) as image:
             # A camera's MPO holds a second picture, which no viewer shows.
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                raise ValueError(f"{image.n_frames} pictures in one file")
+            if image.format != "MPO":
+                frames = getattr(image, "n_frames", 1)
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a picture ({error}); replace or remove it") from None
+    if frames > 1:
+        raise ValueError(f"{path}: {frames} pictures in one file; split it or remove it")
 
 
 def picture_size(path):
@@ -301,16 +321,16 @@ def picture_size(path):
 def read_picture(path):
     """-> uint8 [3, H, W], as a viewer shows it. Raises ValueError naming the file."""
     with opened(path) as image:
-        # Converting more than 8 bits, PIL would cut values off instead of scaling them.
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{image.mode}: more than 8 bits a channel")
         upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            opacity = np.asarray(upright.convert("RGBA"))[:, :, 3]
-            # What lies under it is seen nowhere, and each viewer has another background.
-            if opacity.min() < 255:
-                raise ValueError("it has transparent pixels: flatten it onto a background")
-        return np.asarray(upright.convert("RGB")).transpose(2, 0, 1)
+    # Converting more than 8 bits, PIL would cut values off instead of scaling them.
+    if upright.mode.startswith(("I", "F")):
+        raise ValueError(f"{path}: more than 8 bits a channel ({upright.mode}); save it with 8")
+    if upright.has_transparency_data:
+        opacity = np.asarray(upright.convert("RGBA"))[:, :, 3]
+        # What lies under it is seen nowhere, and each viewer has another background.
+        if opacity.min() < 255:
+            raise ValueError(f"{path}: has transparent pixels; flatten it onto a background")
+    return np.asarray(upright.convert("RGB")).transpose(2, 0, 1)
 
 
 def read_idx(path, rank=3):

@@ -444,6 +444,8 @@ def test_a_run_folder_that_cannot_be_used(refused, tmp_path):
     refused("", "file", out=tmp_path / "file")
     refused("", f"its parent {tmp_path / 'file'} is a file", out=tmp_path / "file" / "run")
     refused("", "File name too long", out=tmp_path / ("x" * 300))
+    (tmp_path / "loop").symlink_to("loop")
+    refused("", "loop is a link to nothing", out=tmp_path / "loop")
 
 
 @pytest.mark.parametrize("out", ["model/run", "model/../model/reward/run", "link/run"])
@@ -611,6 +613,14 @@ def test_a_search_on_a_base_that_holds_nothing_says_what_to_give(bare, tmp_path)
         check_search_of(bare, tmp_path)
     with pytest.raises(ValueError, match="^--prompts: .*/model has no prompts.jsonl; give"):
         check_search_of(bare, tmp_path, features="pixels", target=str(bare.pictures))
+
+
+def test_a_merge_that_cannot_be_written(two_models, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (("loop", "is a link to nothing"), ("x" * 300, "File name too long")):
+        args = merge.Args("average", two_models, out=str(tmp_path / name))
+        with pytest.raises(ValueError, match=f"^--out .*{reason}"):
+            checks.check_merge(args, merge.Args("average", two_models))
 
 
 def test_a_merge_within_its_base(two_models):

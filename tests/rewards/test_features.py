@@ -508,6 +508,9 @@ def test_a_file_that_is_no_torchscript(tmp_path):
     torch.save({"weight": torch.ones(3)}, path)  # a zip too
     refused(lambda: check_features(f"inception:{path}", TINY), words)
     refused(lambda: check_features("inception:", TINY), "no file is not a TorchScript file")
+    os.mkfifo(tmp_path / "pipe.pt")
+    spec = f"inception:{tmp_path / 'pipe.pt'}"
+    refused(lambda: check_features(spec, TINY), "pipe.pt: is no regular file but a FIFO")
 
 
 @pytest.mark.parametrize(

@@ -494,12 +494,24 @@ def test_what_lies_under_transparent_pixels_is_not_guessed(tmp_path):
     palette = Image.fromarray(np.zeros((4, 4), np.uint8), "P")
     save(tmp_path / "palette.png", palette, transparency=0)
     for name in ("clear.png", "palette.png"):
-        with pytest.raises(ValueError, match=f"{name}: .*transparent pixels: flatten it"):
+        with pytest.raises(ValueError, match=f"{name}: .*transparent pixels; flatten it"):
             targets.read_picture(tmp_path / name)
     clear.putalpha(255)
     save(tmp_path / "solid.png", clear)
     pixels = np.asarray(clear.convert("RGB")).transpose(2, 0, 1)
     assert np.array_equal(targets.read_picture(tmp_path / "solid.png"), pixels)
+
+
+def test_a_picture_of_a_size_that_the_features_do_not_see_is_named(tmp_path):
+    for number in range(4):
+        save(tmp_path / f"{number}.png", Image.new("L", (28, 30 if number == 2 else 28)))
+    targets.check_target(tmp_path, 3)
+    with pytest.raises(ValueError, match="2.png: of 30 x 28, and these features see 28 x 28"):
+        targets.check_target(tmp_path, 3, side=28)
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(ValueError, match="0.png: of 28 x 28, and these features see 32 x 32"):
+        targets.check_target(tmp_path, 2, side=32)
+    targets.check_target(tmp_path, 2, side=28)
 
 
 def test_films_fifos_and_arrays_are_no_pictures(tmp_path):
