@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from support.files import to_bytes
+from support.files import check_regular, to_bytes
 from support.guards import check_weights
 
 # The default network of each reward.
@@ -170,6 +170,7 @@ def empty_head():
 
 def read_head(path):
     """The tensors of the head's file -> {name: tensor}. Raises ValueError; runs nothing in it."""
+    check_regular(path)
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; give LAION's linear-MSE head")
     try:

@@ -70,9 +70,8 @@ def target_path(target, spec, folder):
 def check_target(path, D, need_pictures=False, side=None):
     """Raises ValueError, in one line, if a target cannot be used with D features.
 
-    D is None while it is not known. side: of the only pictures that the
-    features see, if it matters.
-    Of a folder only the first picture is read, and the sizes of all where they matter.
+    D is None while it is not known; side is that of the only pictures that the features see, if
+    there is one. Of a folder only the first picture is read, and with `side` the sizes of all.
     """
     if path.suffix == ".npy":
         raise ValueError(

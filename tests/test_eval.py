@@ -559,7 +559,7 @@ def test_a_policy_that_was_made_to_collapse_is_flagged(tmp_path, monkeypatch, ca
     out = tmp_path / "gone"
     base = ROOT / "assets" / "tiny"
     training = "--reward one_mode:black --drift off --std none --lr 1e-3 --iterations 20"
-    evaluating = "--eval_every 20 --eval_images 320 --precision bfloat16 --snapshot_every 0"
+    evaluating = "--eval_every 20 --eval_images 320 --snapshot_every 0"
     launch([*training.split(" "), *evaluating.split(" "), *CPU, "--out", str(out)])
     capsys.readouterr()
     command("compare", out)
