@@ -358,7 +358,7 @@ def write_wrong_heads(folder, state):
         "empty.safetensors": "LAION",
         "cut.pth": "LAION",
         "script.pth": "LAION",
-        "folder.pth": "no such file",
+        "folder.pth": "is no regular file but a folder",
         "none.pth": "no such file",
     }
 
