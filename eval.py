@@ -11,6 +11,7 @@ drawn by the deterministic sampler, from a clean prompt and noise that depends o
 the picture's number. So every model is evaluated with the same noise.
 
     accuracy, log_prob     of the prompt's class, by a classifier that training never sees (nats)
+    modes                  values left of what a prompt leaves open: 1, as many as real pictures
     vendi, distance        diversity within a prompt, mean over prompts; ..._set over all pictures
     distance_min           distance of the two nearest pictures of a prompt
     fid, kid, precision, recall, density, coverage      against real pictures; compare at equal n
@@ -37,7 +38,7 @@ from commands import compare
 from commands.checks import check_eval
 from commands.picture_sets import generate, make_images
 from dist_reward import frechet_distance, moments
-from rewards import Reward, classifier, metrics
+from rewards import Reward, classifier, metrics, names_any
 from rewards.features import TINY, load_features
 from rewards.metrics import effective_number, mean_distance, smallest_distance, vendi_score
 from rewards.targets import load_target, target_path
@@ -172,8 +173,7 @@ class Evaluator:
         """By the judge if the model folder has one, else by the rewards themselves."""
         setup = self.setup
         if self.judge:
-            labels = [prompt.metadata["label"] for prompt in self.eval_prompts]
-            return score(images, labels, self.judge.network, self.judge.real)
+            return score(images, self.eval_prompts, self.judge.network, self.judge.real)
         return score_without_judge(
             images, self.eval_prompts, setup.reward, setup.diversity_features, self.feature_batch
         )
@@ -190,39 +190,49 @@ class Evaluator:
         return self.args.reward_batch or self.args.batch
 
 
-def alignment(logits, labels):
-    """Logits [B, classes] of the evaluator, labels [B] -> {name: float64 [B]}.
+def alignment(logits, asked, attributes):
+    """Logits [B, K] of the evaluator, asked [B, A] as value_numbers gives -> {name: float64 [B]}.
 
-    log_prob has the floor of the reward `class`: one hopeless picture must not outweigh the others.
+    accuracy: whether all that is named is there. log_prob has the floor of the reward `class`: one
+    hopeless picture must not outweigh the others.
     """
-    log_p = logits.log_softmax(1)
-    log_prob = log_p.gather(1, labels[:, None])[:, 0]
-    correct = log_p.argmax(1) == labels
+    log_p, _ = classifier.log_odds(logits, asked, attributes)
+    is_right = classifier.read_values(logits, attributes) == asked
+    is_open = asked == classifier.OPEN
     return {
-        "accuracy": correct.double(),
-        "log_prob": log_prob.clamp(min=classifier.FLOOR).double(),
+        "accuracy": (is_right | is_open).all(1).double(),
+        "log_prob": log_p.clamp(min=classifier.FLOOR).double(),
     }
 
 
 @torch.inference_mode()
-def score(images, labels, evaluator, real):
-    """Pictures [P n, 3, H, W] of P labels, prompt by prompt -> {metric: number}.
+def score(images, prompts, evaluator, real):
+    """Pictures [P n, 3, H, W] of P prompts, prompt by prompt -> {metric: number}.
 
-    real: mapping with mu, sigma and scale of the real pictures in the evaluator's features.
+    real: mapping with mu, sigma and scale of the real pictures in the evaluator's features, and the
+    frequencies of the attributes' values.
     """
-    P = len(labels)
+    P = len(prompts)
+    attributes = evaluator.attributes
     features = torch.cat([evaluator.features(part) for part in images.split(500)])  # [P n, 64]
     guards.finite({"a feature of the evaluator": features})
     groups = features.reshape(P, -1, features.shape[1])  # [P, n, 64]
-    asked = torch.tensor(labels, device=images.device).repeat_interleave(groups.shape[1])
+    asked = classifier.value_numbers(
+        [prompt.metadata for prompt in prompts], attributes, images.device
+    )  # [P, A]
+    logits = evaluator.head(features)
 
     scores = {}
-    for name, value in alignment(evaluator.head(features), asked).items():
+    repeated = asked.repeat_interleave(groups.shape[1], 0)
+    for name, value in alignment(logits, repeated, attributes).items():
         scores[name] = value.mean().item()
     scale = float(real["scale"])
     scores["vendi"] = sum(vendi_score(group, scale) for group in groups) / P
     scores["distance"] = sum(mean_distance(group) for group in groups) / P
     scores["fid"] = frechet_distance(*moments(features.cpu()), real["mu"], real["sigma"])
+    values = classifier.read_values(logits, attributes).reshape(P, -1, len(attributes))
+    for name, prompt_modes in metrics.modes(values, asked, attributes, real).items():
+        scores[name] = prompt_modes.nanmean().item()
     return scores
 
 
@@ -265,33 +275,52 @@ def score_without_judge(images, prompts, reward, diversity_features, batch):
 class Networks:
     """What a set of pictures is shown to: the feature network, the evaluator and the rewards.
 
-    The evaluator is None without labels or without its folder, the reward without --reward.
+    The evaluator is None without its folder, or where the prompts name nothing that it knows; the
+    reward is None without --reward.
     """
 
-    def __init__(self, args, folder, labelled, device):
+    def __init__(self, args, folder, prompts, device):
         self.device = device
         self.features = load_features(args.features, folder, device)
         self.evaluator = None
-        if labelled and (folder / "evaluator").is_dir():
-            self.evaluator = classifier.load_classifier(folder / "evaluator", device)
+        if prompts and (folder / "evaluator").is_dir():
+            evaluator = classifier.load_classifier(folder / "evaluator", device)
+            if names_any(prompts, evaluator.attributes):
+                self.evaluator = evaluator
+                self.real_file = folder / "evaluator" / "real.npz"
         self.reward = None
         if args.reward:
             self.reward = Reward(args.reward, folder, device)
 
     @torch.inference_mode()
     def __call__(self, images, prompts):
-        """Pictures [B, 3, H, W], their B prompts or None -> {"features": [B, F], others: [B]}."""
+        """Pictures [B, 3, H, W], their B prompts or None -> {"features": [B, F], others: [B]}.
+
+        With an evaluator and prompts also {"values": [B, A]}, of its attributes.
+        """
         outputs = {"features": self.features(images)}
         if prompts and self.evaluator:
-            labels = [prompt.metadata["label"] for prompt in prompts]
-            labels = torch.tensor(labels, device=self.device)
-            outputs |= alignment(self.evaluator(images), labels)
+            attributes = self.evaluator.attributes
+            logits = self.evaluator(images)
+            metadata = [prompt.metadata for prompt in prompts]
+            asked = classifier.value_numbers(metadata, attributes, self.device)
+            outputs |= alignment(logits, asked, attributes)
+            outputs["values"] = classifier.read_values(logits, attributes)
         if prompts and self.reward:
             texts = [prompt.text for prompt in prompts]
             metadata = [prompt.metadata for prompt in prompts]
             for name, value in self.reward(images, texts, metadata).items():
                 outputs[f"reward/{name}"] = value.double()
         return outputs
+
+    def modes(self, values, prompts):
+        """Values [P n, A] that the evaluator read -> {"modes": [P], "modes_NAME": [P]}."""
+        attributes = self.evaluator.attributes
+        if len(attributes) == 1:  # every prompt names it
+            return {}
+        asked = classifier.value_numbers([prompt.metadata for prompt in prompts], attributes)
+        values = values.cpu().reshape(len(prompts), -1, len(attributes))
+        return metrics.modes(values, asked, attributes, np.load(self.real_file))
 
 
 def network_outputs(picture_set, networks, device):
@@ -337,13 +366,13 @@ def share_resamples(metric, features, counts, *others):
     return processes.gather(values, len(counts))
 
 
-def estimates(args, outputs, P, scale, target):
+def estimates(args, outputs, P, scale, target, modes=None):
     """Outputs of the networks for N pictures of P prompts (0: unknown) -> {metric: [1 + R]}.
 
     The estimate comes first, then its resamples, in float64. All is a function of the seed, so two
     sets of one size are resampled alike, picture by picture: their difference is a paired one.
     scale: h of the Vendi score. target: mu, sigma and features of the real pictures, or None for
-    the last.
+    the last. modes {name: [P]}: of the attributes that the prompts leave open.
     """
     features = outputs["features"]
     mu, sigma, real = target
@@ -351,7 +380,7 @@ def estimates(args, outputs, P, scale, target):
     device = features.device
     values = {}
     if P:
-        values |= prompt_estimates(args, outputs, P, scale)
+        values |= prompt_estimates(args, outputs, P, scale, modes or {})
 
     # Diversity over all prompts, of some pictures at even steps: its kernel has n x n entries.
     some = features[metrics.evenly(N, MOST)]
@@ -377,7 +406,7 @@ def estimates(args, outputs, P, scale, target):
     return {name: value.cpu() for name, value in values.items()}
 
 
-def prompt_estimates(args, outputs, P, scale):
+def prompt_estimates(args, outputs, P, scale, modes):
     """Alignment, and diversity within a prompt, as means over P prompts -> {metric: [1 + R]}.
 
     Prompts are resampled. One prompt says nothing about others, so it has no resamples: [1].
@@ -387,6 +416,8 @@ def prompt_estimates(args, outputs, P, scale):
     for name, value in outputs.items():
         if name != "features":
             by_prompt[name] = value.reshape(P, -1).mean(1)
+    for name, value in modes.items():
+        by_prompt[name] = value.to(features.device)
 
     groups = features.reshape(P, len(features) // P, -1)  # [P, n, F]
     if groups.shape[1] > 1:
@@ -422,11 +453,10 @@ def score_sets(args, folder, sets):
     if all(picture_set.prompts for picture_set in sets):
         prompts = sets[0].prompts
     sets = [dataclasses.replace(picture_set, prompts=prompts) for picture_set in sets]
-    labelled = bool(prompts) and "label" in prompts[0].metadata
 
     # What the files hold, and how many features there are, is known only now.
     with flags.refusing():
-        networks = Networks(args, folder, labelled, device)
+        networks = Networks(args, folder, prompts, device)
         first = [next(iter(picture_set.read([0], device))) for picture_set in sets]
         path = target_path(args.target, args.features, folder)
         target = load_target(path, networks.features, first[0])
@@ -436,7 +466,10 @@ def score_sets(args, folder, sets):
     found = []
     for picture_set in sets:
         outputs = network_outputs(picture_set, networks, device)
-        found.append(estimates(args, outputs, P, scale, target))
+        modes = {}
+        if networks.evaluator:
+            modes = networks.modes(outputs.pop("values"), prompts)
+        found.append(estimates(args, outputs, P, scale, target, modes))
 
     columns = {sets[0].name: found[0]}
     if len(sets) == 2:

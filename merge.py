@@ -598,8 +598,7 @@ def judged(args, merges, eval_prompts, judge, target):
         mu, sigma = dist_reward.moments(torch.cat(parts))
         scores["FD, searched features"] = dist_reward.frechet_distance(mu, sigma, *target)
     if judge:
-        labels = [prompt.metadata["label"] for prompt in eval_prompts]
-        found = evaluation.score(images, labels, judge.network, judge.real)
+        found = evaluation.score(images, eval_prompts, judge.network, judge.real)
         scores["FD, held-out features"] = found["fid"]
         scores["Vendi"] = found["vendi"]
         scores["accuracy"] = found["accuracy"]

@@ -40,6 +40,7 @@ from rewards import (
     check_labels,
     check_reward,
     cut_texts,
+    names_any,
     needs_labels,
     parse,
 )
@@ -243,22 +244,27 @@ def check_multiple(flag, value, prompts, where, least=1):
     )
 
 
-def label_classes(folders):
-    """How many classes the classifiers in these folders know: labels end below it.
+def known_attributes(folders):
+    """What the classifiers in these folders read: {name: [values]}.
 
     Raises ValueError where they do not agree.
     """
-    known = [check_classifier(folder)["classes"] for folder in folders]
-    words = [f"{folder.name}/ knows {count} classes" for folder, count in zip(folders, known)]
-    need(
-        len(set(known)) == 1,
-        f"{folders[0].parent}: {' and '.join(words)}; give classifiers of the same classes",
-    )
+    known = [check_classifier(folder)["attributes"] for folder in folders]
+    if any(attributes != known[0] for attributes in known):
+        words = [f"{folder.name}/ knows {in_words(a)}" for folder, a in zip(folders, known)]
+        raise ValueError(
+            f"{folders[0].parent}: {' and '.join(words)}; give classifiers of the same"
+        )
     return known[0]
 
 
+def in_words(attributes):
+    """What a classifier reads, for messages: 10 of label, or 6 of shape, 8 of colour."""
+    return ", ".join(f"{len(values)} of {name}" for name, values in attributes.items())
+
+
 def check_asked_labels(args, judge, prompts, eval_prompts, eval_file):
-    """The prompts name classes of the classifiers that are asked about them.
+    """The prompts name what the classifiers that are asked about them know.
 
     The reward asks about all prompts; the judge, whose folder may be missing, about eval_prompts.
     """
@@ -267,10 +273,10 @@ def check_asked_labels(args, judge, prompts, eval_prompts, eval_file):
     if needs_labels(args.reward) and reward not in asked:
         asked.append(reward)
     if asked:
-        classes = label_classes(asked)
-        check_labels(eval_prompts, eval_file, classes)
+        attributes = known_attributes(asked)
+        check_labels(eval_prompts, eval_file, attributes)
     if needs_labels(args.reward):
-        check_labels(prompts, args.prompts, classes)
+        check_labels(prompts, args.prompts, attributes)
 
 
 def say_cut_prompts(model, reward, *lists):
@@ -799,7 +805,8 @@ def check_score(args, default):
         args = dataclasses.replace(args, features="pixels")
 
     has_prompts = all(pictures.prompts for pictures in sets)
-    has_labels = has_prompts and any("label" in prompt.metadata for prompt in sets[0].prompts)
+    known = [check_classifier(path)["attributes"] for path in classifiers_of(folder)]
+    has_labels = has_prompts and any(names_any(sets[0].prompts, names) for names in known)
     need(
         has_prompts or not args.reward,
         f"--reward {args.reward}: needs to know what was asked for; give --prompts",
@@ -813,6 +820,11 @@ def check_score(args, default):
         elif args.reward:
             say_cut_prompts("", args.reward, pictures.prompts)
     return args, (folder, sets)
+
+
+def classifiers_of(folder):
+    """The classifiers that a model folder holds."""
+    return [folder / name for name in TINY if (folder / name).is_dir()]
 
 
 def check_comparable(sets):
@@ -845,7 +857,11 @@ def check_score_networks(args, folder, sets, has_labels):
     """The networks that see the pictures can be loaded, and can see pictures of their size."""
     asks_reward_classifier = bool(args.reward) and needs_labels(args.reward)
     asks_evaluator = has_labels and (folder / "evaluator").is_dir()
-    asked = [folder / "evaluator"] if asks_evaluator else []
+    asked = []
+    if asks_evaluator:
+        asked.append(folder / "evaluator")
+        if len(check_classifier(folder / "evaluator")["attributes"]) > 1:  # for the modes
+            check_judge(folder / "evaluator")
     if asks_reward_classifier:
         asked.append(folder / "reward")
     if args.reward:
@@ -855,7 +871,7 @@ def check_score_networks(args, folder, sets, has_labels):
             f"--reward {args.reward}: fid and kid come with --target; name others",
         )
     if asked:
-        check_labels(sets[0].prompts, args.prompts or sets[0].name, label_classes(asked))
+        check_labels(sets[0].prompts, args.prompts or sets[0].name, known_attributes(asked))
     D = check_features(args.features, folder)
     target = target_path(args.target, args.features, folder)
     if args.features in TINY:

@@ -38,6 +38,7 @@ TITLES = {
     "vendi": "Vendi",
     "distance": "pairwise distance",
     "fid": "FID",
+    "modes": "modes",
 }
 GAINS = (
     "diversity at equal alignment, %",

@@ -439,7 +439,7 @@ def report(folders, judge, test, test_labels, pictures):
     each = pictures // 10
 
     def print_scores(name, images):
-        scores = evaluation.score(images, labels, evaluator, real)
+        scores = evaluation.score(images, prompts, evaluator, real)
         print(
             f"{name:40} accuracy {scores['accuracy']:.3f}  Frechet distance {scores['fid']:.3f}  "
             f"Vendi {scores['vendi']:.1f}",

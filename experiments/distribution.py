@@ -75,7 +75,6 @@ def evaluated(folder, pictures, steps=20):
     The features are those that training sees.
     """
     prompts = read_prompts(TINY / "eval_prompts.jsonl")
-    labels = [prompt.metadata["label"] for prompt in prompts]
     model = bases.load(folder, precision=faster_precision())
     images = picture_sets.generate(
         model, prompts, pictures // len(prompts), steps, 1.0, FRESH_SEED, 500
@@ -84,7 +83,7 @@ def evaluated(folder, pictures, steps=20):
     reward = evaluation.Judge(TINY, "reward")
     features = torch.cat([reward.network.features(part) for part in images.split(500)])
 
-    scores = evaluation.score(images, labels, evaluator.network, evaluator.real)
+    scores = evaluation.score(images, prompts, evaluator.network, evaluator.real)
     mu, sigma = moments(features)
     scores["fid_trained"] = frechet_distance(mu, sigma, reward.real["mu"], reward.real["sigma"])
     return scores, features

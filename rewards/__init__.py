@@ -3,7 +3,8 @@
 A sum is written class:1,aesthetic:head.pth:0.2,fid:0.5: terms name[:argument][:weight], weight 1
 if left out. Training centres each term, divides it by its own std, and then weights it.
 
-    class, margin, ink    the model folder's classifier: rewards/classifier.py
+    class, margin,        the model folder's classifier: rewards/classifier.py
+    ink, taste
     clip[:MODEL]          CLIPScore in percent: rewards/clip.py. MODEL is a hub id or a folder
     pickscore[:MODEL]     PickScore
     aesthetic:FILE        LAION's head, a file, on CLIP ViT-L/14; aesthetic:FILE@MODEL on another
@@ -159,7 +160,7 @@ def cut_texts(spec, texts):
 
 
 def needs_labels(spec):
-    """Whether a term asks the model folder's classifier, and so a "label" beside every prompt."""
+    """Whether a term asks the model folder's classifier, which every prompt names something to."""
     return any(term.name in NAMES for term in parse_terms(spec).values())
 
 
@@ -196,28 +197,44 @@ def check_reward(spec, folder):
 
 
 def check_has_classifier(spec, folder):
-    """Raises ValueError unless `folder` holds the classifier that class, margin and ink ask."""
+    """Raises ValueError unless `folder` holds the classifier that NAMES ask."""
     if not folder.is_dir():
         others = ", ".join(["clip", "pickscore", "aesthetic:FILE", *JPEG, "module:function"])
         raise ValueError(
             f"--reward {spec}: {folder} does not exist, and {', '.join(NAMES)} ask the classifier "
             f"in it; rewards without one are {others}, and fid and kid of --target"
         )
-    check_classifier(folder)
+    channels = check_classifier(folder)["channels"]
+    if channels == 1 and any(term.name == "taste" for term in parse_terms(spec).values()):
+        raise ValueError(f"--reward {spec}: taste pays warm colours, and {folder} sees greys alone")
 
 
-def check_labels(prompts, where, classes):
-    """Raises ValueError unless every prompt has a label: classifiers ask for it.
+def names_any(prompts, attributes):
+    """Whether some prompt names a value of one of the attributes {name: [values]}."""
+    return any(prompt.metadata.keys() & attributes.keys() for prompt in prompts)
 
-    where: the file of the prompts, for the message; classes: how many the classifiers know.
+
+def check_labels(prompts, where, attributes):
+    """Raises ValueError unless every prompt names something that the classifiers know.
+
+    where: the file of the prompts, for the message; attributes {name: [values]}: of classifiers.
     """
+    names = " or ".join(f'"{name}"' for name in attributes)
     for line, prompt in enumerate(prompts, 1):
-        label = prompt.metadata.get("label")
-        if type(label) is not int or not 0 <= label < classes:
-            raise ValueError(
-                f'{where}:{line}: the classifier needs a "label" from 0 to {classes - 1} '
-                f"beside the prompt, and finds {label!r}"
-            )
+        named = [name for name in attributes if name in prompt.metadata]
+        if not named:
+            raise ValueError(f"{where}:{line}: the classifier needs {names} beside the prompt")
+        for name in named:
+            check_value(f"{where}:{line}", name, prompt.metadata[name], attributes[name])
+
+
+def check_value(where, name, value, values):
+    """Raises ValueError unless `value` is one of the attribute's values; True and 1.0 are not 1."""
+    if not any(type(value) is type(known) and value == known for known in values):
+        known = ", ".join(map(str, values))
+        if type(values[0]) is int and values == list(range(len(values))):
+            known = f"a number from 0 to {len(values) - 1}"
+        raise ValueError(f'{where}: the classifier needs "{name}" to be {known}, not {value!r}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,9 +334,7 @@ class Reward:
         """The model folder's classifier. Raises ValueError if there is none."""
         folder = self.folder / "reward"
         if not folder.is_dir():
-            raise ValueError(
-                f"{self.folder} has no reward/ classifier; class, margin and ink need it"
-            )
+            raise ValueError(f"{self.folder} has no reward/ classifier; {', '.join(NAMES)} need it")
         return load_classifier(folder, self.device)
 
     @torch.no_grad()

@@ -218,18 +218,30 @@ def read_moments(path, D):
     return mu, sigma
 
 
-def check_real(path):
-    """Raises ValueError, in one line, unless a file has the moments of real images, and a scale."""
+def check_real(path, attributes=None):
+    """Raises ValueError, in one line, unless a file has the moments of real images, and a scale.
+
+    attributes {name: [values]}: where there are several, a prompt may leave one open, and the file
+    has the frequencies of its values, too.
+    """
     read_moments(path, None)
     (scale,) = read_npz(path, "scale")
     if scale.shape != () or not 0 < scale < math.inf:
         raise ValueError(f"{path}: scale is {scale}; expected one positive number")
+    if attributes and len(attributes) > 1:
+        for name, values in attributes.items():
+            (shares,) = read_npz(path, f"frequencies_{name}")
+            is_right = shares.shape == (len(values),) and (shares >= 0).all()
+            if not is_right or abs(shares.sum() - 1) > 1e-6:
+                raise ValueError(
+                    f"{path}: frequencies_{name} must be {len(values)} shares that sum to 1"
+                )
 
 
 def check_judge(folder, moments="real.npz"):
     """Raises ValueError, in one line, unless `folder` holds a classifier and those moments."""
-    check_classifier(folder)
-    check_real(Path(folder) / moments)
+    attributes = check_classifier(folder)["attributes"]
+    check_real(Path(folder) / moments, attributes)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def test_the_scores_of_a_judge_by_their_definitions(tiny):
     real_features = randn(80, 64, seed=2)
     mu, sigma = moments(real_features)
     real = {"mu": mu.numpy(), "sigma": sigma.numpy(), "scale": np.array(0.4)}
-    scores = evaluation.score(images, labels, judge, real)
+    prompts = [Prompt("", {"label": label}) for label in labels]
+    scores = evaluation.score(images, prompts, judge, real)
 
     asked = [labels[0]] * 4 + [labels[1]] * 4
     log_p = logits.log_softmax(1)
@@ -190,8 +191,7 @@ def test_an_evaluator_scores_and_draws_the_same_pictures_every_time(setup, tmp_p
 
     judge = evaluation.Judge(setup.model.folder, "evaluator")
     images = generate(setup.model, evaluate.eval_prompts, 2, 2, 1.0, 3, 7)
-    labels = [prompt.metadata["label"] for prompt in evaluate.eval_prompts]
-    expected = evaluation.score(images, labels, judge.network, judge.real)
+    expected = evaluation.score(images, evaluate.eval_prompts, judge.network, judge.real)
     assert first == {f"eval/{name}": value for name, value in expected.items()}
 
     names = sorted(path.name for path in (tmp_path / "grids").iterdir())
@@ -453,8 +453,7 @@ def test_the_score_is_what_training_logs(tiny, sets, tmp_path):
     prompts = read_prompts(tiny / "eval_prompts.jsonl")
     images = picture_sets.generate(model, prompts, 8, 2, 1.0, 0, 500)
     images = files.to_uint8(images) / 255
-    labels = [prompt.metadata["label"] for prompt in prompts]
-    logged = evaluation.score(images, labels, judge.network, judge.real)
+    logged = evaluation.score(images, prompts, judge.network, judge.real)
     for name, value in logged.items():
         assert found[name]["value"] == pytest.approx(value, rel=1e-4), name
 

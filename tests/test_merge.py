@@ -763,7 +763,6 @@ def test_the_table_judges_every_rival_by_fresh_pictures(rl, tiny, four):
     models = {"base model": bases.load(tiny), "uniform average": average}
     models["RL"] = bases.load(out / "model")
     prompts = prompting.read_prompts(tiny / "eval_prompts.jsonl")
-    labels = [prompt.metadata["label"] for prompt in prompts]
     reward = classifier.load_classifier(tiny / "reward")
     real = np.load(tiny / "reward" / "real-2.npz")
     evaluator = classifier.load_classifier(tiny / "evaluator")
@@ -772,7 +771,7 @@ def test_the_table_judges_every_rival_by_fresh_pictures(rl, tiny, four):
         images = picture_sets.generate(model, prompts, 2, 2, 1.0, 1000, 500)
         mu, sigma = dist_reward.moments(reward.features(images))
         searched = dist_reward.frechet_distance(mu, sigma, real["mu"], real["sigma"])
-        scores = evaluation.score(images, labels, evaluator, evaluator_real)
+        scores = evaluation.score(images, prompts, evaluator, evaluator_real)
         assert rows[name] == {
             "FD, searched features": pytest.approx(searched, rel=1e-3),
             "FD, held-out features": pytest.approx(scores["fid"], rel=1e-3),
@@ -875,7 +874,8 @@ class BruteForce:
         )
         labels = torch.tensor([prompt.metadata["label"] for prompt in self.prompts])
         labels = labels.repeat_interleave(each)
-        values = classifier.class_reward(self.network(images), labels, images)
+        log_p = self.network(images).log_softmax(1)[range(count), labels]
+        values = log_p.clamp(min=classifier.FLOOR)
         return self.network.features(images), values.double().mean().item()
 
     def distance(self, features):

@@ -24,7 +24,7 @@ import rewards
 import train
 from commands import checks, training
 from rewards import targets
-from rewards.classifier import Classifier
+from rewards.classifier import Classifier, read_config
 from support import flags
 
 # --------------------------------------------------------------------------------------------------
@@ -347,21 +347,21 @@ def test_labels_are_those_of_the_classifiers(check, refused, tiny, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = f"--prompts {file} --eval_prompts {file} --eval_images 20"
-    refused(words, 'needs a "label" from 0 to 9', model=model)
+    refused(words, 'needs "label" to be a number from 0 to 9, not 46', model=model)
     for name in ("reward", "evaluator"):
         build_classifier(model / name, classes=47)
     check(words, model=model)
     build_classifier(model / "reward", classes=12)
-    refused(words, "evaluator/ knows 47 classes and reward/ knows 12 classes", model=model)
+    refused(words, "evaluator/ knows 47 of label and reward/ knows 12 of label", model=model)
     check(f"{words} --reward jpeg", model=model)  # reward/ is not asked for labels
     judged_by_reward = "--reward fid --features evaluator --reference 24"
-    refused(f"{words} {judged_by_reward}", 'needs a "label" from 0 to 11', model=model)
+    refused(f"{words} {judged_by_reward}", 'needs "label" to be a number from 0 to 11', model=model)
 
 
 def build_classifier(folder, width=4, **sizes):
     """A random classifier in a folder that may have held another."""
-    network = Classifier(width, **sizes)
     (folder / "config.json").write_text(json.dumps({"width": width} | sizes))
+    network = Classifier(**read_config(folder))
     save_file(network.state_dict(), folder / "model.safetensors")
 
 
@@ -692,7 +692,7 @@ def test_pictures_have_the_size_of_each_classifier_that_is_asked(tiny, tmp_path)
         checks.check_eval(args, default)
     prompts = str(tmp_path / "labelled.jsonl")
     args = dataclasses.replace(default, model=str(model), prompts=prompts)
-    with pytest.raises(ValueError, match="evaluator/ knows 47 classes and reward/ knows 10"):
+    with pytest.raises(ValueError, match="evaluator/ knows 47 of label and reward/ knows 10"):
         checks.check_eval(args, default)
     build_classifier(model / "reward", classes=47, size=32)
     checks.check_eval(args, default)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import launch, read_metrics, small
-from reward_helpers import IMAGES, METADATA, PROMPTS, TINY, edit_json, refused
+from reward_helpers import IMAGES, METADATA, PROMPTS, TINY, edit_json, rand, refused
 from safetensors.torch import save_file
 
 import eval as evaluation
@@ -38,8 +38,8 @@ def test_the_classifier_is_frozen_and_sees_the_mean_of_the_channels():
 def write_classifier(folder, **config):
     """A random classifier of that config.json."""
     folder.mkdir()
-    network = classifier.Classifier(**config)
     (folder / "config.json").write_text(json.dumps(config))
+    network = classifier.Classifier(**classifier.read_config(folder))
     save_file(network.state_dict(), folder / "model.safetensors")
     return network.eval()
 
@@ -48,7 +48,9 @@ def write_classifier(folder, **config):
 def test_classes_size_and_channels_are_those_of_the_config(tmp_path, size, channels):
     config = {"width": 4, "classes": 47, "size": size, "channels": channels}
     network = write_classifier(tmp_path / "reward", **config)
-    assert classifier.check_classifier(tmp_path / "reward") == config
+    found = classifier.check_classifier(tmp_path / "reward")
+    assert found.pop("attributes") == {"label": list(range(47))}
+    assert found == {"width": 4, "size": size, "channels": channels}
     loaded = classifier.load_classifier(tmp_path / "reward")
     images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0))
     logits = loaded(images)
@@ -102,6 +104,75 @@ def test_the_rewards_by_their_definitions():
     }
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value, atol=1e-4, rtol=1e-4)
+
+
+TWO = {"shape": ["ring", "star", "cross"], "size": ["small", "large"]}
+
+
+def test_several_attributes_are_one_probability():
+    """By exhaustion: p is the sum over all descriptions that have what is named."""
+    logits = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).double()
+    shapes, sizes = logits[:, :3].softmax(1), logits[:, 3:].softmax(1)
+    joint = shapes[:, :, None] * sizes[:, None]  # [40, 3, 2]
+    named = [{"shape": "star"}, {"size": "large"}, {"size": "small", "shape": "cross"}]
+    asked = classifier.value_numbers(named, TWO)
+    assert asked.tolist() == [[1, -1], [-1, 1], [2, 0]]
+    sums = [joint[:, 1].sum(1), joint[:, :, 1].sum(1), joint[:, 2, 0]]
+    for numbers, p in zip(asked, sums):
+        log_p, log_q = classifier.log_odds(logits, numbers.expand(40, 2), TWO)
+        torch.testing.assert_close(log_p, p.log())
+        torch.testing.assert_close(log_q, (1 - p).log())
+    values = classifier.read_values(logits, TWO)
+    for row, table in zip(values, joint):
+        assert (table[tuple(row)] == table.max()).item()
+
+
+def test_the_odds_of_what_is_certain_lose_no_digit():
+    logits = torch.tensor([[30.0, 0, 0, 40, 0]])
+    log_p, log_q = classifier.log_odds(logits, torch.tensor([[0, 0]]), TWO)
+    q = 2 * math.exp(-30) + math.exp(-40)
+    assert log_q.item() == pytest.approx(math.log(q), abs=1e-5)
+    assert -1e-12 < log_p.item() <= 0
+
+
+def test_taste_pays_warm_pictures_beside_the_prompt(tmp_path):
+    config = {"width": 4, "attributes": TWO, "size": 16, "channels": 3}
+    network = write_classifier(tmp_path / "reward", **config)
+    images = rand(6, 3, 16, 16)
+    images[0] = torch.tensor([1.0, 0.5, 0.0])[:, None, None]
+    metadata = [{"size": "large"}] * 6
+    found = rewards.Reward("class,taste", tmp_path)(images, ["a"] * 6, metadata)
+    expected = network(images)[:, 3:].log_softmax(1)[:, 1].clamp(min=-6)
+    torch.testing.assert_close(found["class"], expected)
+    extra = found["taste"] - found["class"]
+    assert extra[0].item() == pytest.approx(20)
+    warmth = [20 * (picture[0] - picture[2]).clamp(min=0).mean() for picture in images]
+    torch.testing.assert_close(extra, torch.stack(warmth))
+    refused(lambda: rewards.check_reward("taste", TINY), "taste", "sees greys alone")
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        [],
+        {},
+        {"shape": ["ring"]},
+        {"shape": "ring"},
+        {"shape": ["ring", "ring"]},
+        {"shape": ["ring", 1.5]},
+        {"prompt": ["ring", "star"]},
+    ],
+)
+def test_impossible_attributes_are_refused(tmp_path, attributes):
+    write_classifier(tmp_path / "reward", width=4, attributes=TWO)
+    edit_json(tmp_path / "reward" / "config.json", attributes=attributes)
+    refused(lambda: classifier.check_classifier(tmp_path / "reward"), "attributes")
+
+
+def test_classes_and_attributes_are_one_or_the_other(tmp_path):
+    write_classifier(tmp_path / "reward", width=4, attributes=TWO)
+    edit_json(tmp_path / "reward" / "config.json", classes=5)
+    refused(lambda: classifier.check_classifier(tmp_path / "reward"), "classes", "attributes")
 
 
 def test_the_terms_share_one_network_and_one_forward_a_batch(monkeypatch):

@@ -1,5 +1,6 @@
 """The metrics by their definitions: loops over pictures, and resamples written out."""
 
+import itertools
 import math
 
 import numpy as np
@@ -74,6 +75,47 @@ def test_the_mean_distance_by_its_definition():
             distances.append(math.dist(features[i].tolist(), features[j].tolist()))
     assert metrics.mean_distance(features) == pytest.approx(np.mean(distances), rel=1e-12)
     assert metrics.mean_distance(features[:1].expand(5, 4)) == 0
+
+
+def test_the_expected_number_of_values_by_exhaustion():
+    """All sequences of four pictures of three values."""
+    frequencies = np.array([0.5, 0.3, 0.2])
+    expected = 0.0
+    for drawn in itertools.product(range(3), repeat=4):
+        shares = np.bincount(drawn, minlength=3) / 4
+        entropy = -sum(share * math.log(share) for share in shares if share)
+        expected += math.exp(entropy) * frequencies[list(drawn)].prod()
+    assert metrics.expected_values(frequencies, 4) == pytest.approx(expected, abs=0.02)
+    assert metrics.expected_values(np.full(9, 1 / 9), 10**6) == pytest.approx(9, abs=1e-3)
+    assert metrics.expected_values(np.full(9, 1 / 9), 1) == 1
+
+
+def test_modes_of_real_pictures_are_1_and_lost_values_are_seen():
+    random = np.random.default_rng(0)
+    attributes = {"shape": list("abc"), "cell": list(range(9))}
+    real = {"frequencies_shape": np.array([0.6, 0.3, 0.1]), "frequencies_cell": np.full(9, 1 / 9)}
+    P, n = 200, 24
+    shapes = random.choice(3, (P, n), p=real["frequencies_shape"])
+    cells = random.choice(9, (P, n))
+    asked = torch.full((P, 2), -1)
+    asked[:50, 0] = 1  # a quarter of the prompts name the shape
+    values = torch.from_numpy(np.stack([shapes, cells], 2))
+    found = metrics.modes(values, asked, attributes, real)
+    assert list(found) == ["modes", "modes_shape", "modes_cell"]
+    assert found["modes_shape"][:50].isnan().all() and not found["modes_shape"][50:].isnan().any()
+    torch.testing.assert_close(found["modes"][:50], found["modes_cell"][:50])
+    for value in found.values():
+        assert value.nanmean().item() == pytest.approx(1, abs=0.02)
+
+    # Three of nine cells are gone: with this many pictures, six ninths are left.
+    few = torch.from_numpy(random.choice(6, (1, 10**5)))
+    both = torch.stack([torch.zeros_like(few), few], 2)
+    found = metrics.modes(both, torch.tensor([[0, -1]]), attributes, real)
+    assert list(found) == ["modes", "modes_cell"]
+    assert found["modes"].item() == pytest.approx(6 / 9, abs=1e-3)
+    one = metrics.modes(torch.zeros_like(both), torch.tensor([[0, -1]]), attributes, real)
+    assert one["modes_cell"].item() == pytest.approx(1 / 9, abs=1e-3)
+    assert metrics.modes(both, torch.tensor([[0, 1]]), attributes, real) == {}
 
 
 def test_the_smallest_distance():

@@ -26,6 +26,7 @@ from reward_helpers import (
 
 import rewards
 from prompting import Prompt
+from rewards.classifier import label_of
 
 L14 = "openai/clip-vit-large-patch14"
 B32 = "openai/clip-vit-base-patch32"
@@ -169,15 +170,33 @@ def test_only_the_classifiers_rewards_need_labels():
         assert not rewards.needs_labels(spec)
 
 
+def test_a_value_that_no_classifier_knows_is_named_by_its_line():
+    attributes = {"shape": ["ring", "star"], "colour": ["red", "blue"]}
+    good = [
+        Prompt("a red ring", {"shape": "ring", "colour": "red"}),
+        Prompt("b", {"shape": "star"}),
+    ]
+    rewards.check_labels(good, "p.jsonl", attributes)
+    assert rewards.names_any(good, attributes) and not rewards.names_any(good, {"size": [1, 2]})
+    wrong = {
+        "colour": {"shape": "ring", "colour": "pink"},
+        "shape": {"shape": 0},
+        '"shape" or "colour"': {"label": 3},
+    }
+    for name, metadata in wrong.items():
+        with pytest.raises(ValueError, match=f"p.jsonl:3: .*{name}"):
+            rewards.check_labels([*good, Prompt("c", metadata)], "p.jsonl", attributes)
+
+
 def test_a_label_that_is_no_class_is_named_by_its_line():
     good = [Prompt("a", {"label": 0}), Prompt("b", {"label": 9})]
-    rewards.check_labels(good, "p.jsonl", 10)
-    rewards.check_labels([Prompt("c", {"label": 46})], "p.jsonl", 47)
+    rewards.check_labels(good, "p.jsonl", label_of(10))
+    rewards.check_labels([Prompt("c", {"label": 46})], "p.jsonl", label_of(47))
     wrong = [{}] + [{"label": label} for label in (10, -1, "3", 1.0, True, None)]
     for metadata in wrong:
         prompts = [*good, Prompt("c", metadata)]
         with pytest.raises(ValueError, match="p.jsonl:3: .*label"):
-            rewards.check_labels(prompts, "p.jsonl", 10)
+            rewards.check_labels(prompts, "p.jsonl", label_of(10))
 
 
 # --------------------------------------------------------------------------------------------------

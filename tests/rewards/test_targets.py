@@ -313,6 +313,21 @@ def test_a_judge_is_a_classifier_and_moments_with_a_scale(tmp_path, missing):
     refused(lambda: targets.check_judge(folder, "real-2.npz"), folder)
 
 
+@pytest.mark.parametrize("shares", [None, [0.5, 0.5], [0.5, 0.6, -0.1], [0.5, 0.3, 0.1]])
+def test_a_judge_of_several_attributes_knows_how_frequent_their_values_are(tmp_path, shares):
+    moments = {"mu": np.zeros(3), "sigma": np.eye(3), "scale": 1.0}
+    two = {"shape": list("abc"), "size": [0, 1]}
+    right = {"frequencies_shape": [0.5, 0.3, 0.2], "frequencies_size": [1, 0]}
+    np.savez(tmp_path / "real.npz", **moments, **right)
+    targets.check_real(tmp_path / "real.npz", two)
+    wrong = {"frequencies_size": [1, 0]}
+    if shares:
+        wrong["frequencies_shape"] = shares
+    np.savez(tmp_path / "real.npz", **moments, **wrong)
+    refused(lambda: targets.check_real(tmp_path / "real.npz", two), "frequencies_shape")
+    targets.check_real(tmp_path / "real.npz", {"label": [0, 1]})
+
+
 # --------------------------------------------------------------------------------------------------
 # Targets that can be used.
 
