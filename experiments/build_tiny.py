@@ -33,6 +33,8 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+from evidence import faster_precision  # noqa: E402
+
 import bases  # noqa: E402
 import eval as evaluation  # noqa: E402
 from commands import picture_sets  # noqa: E402
@@ -183,8 +185,8 @@ def all_captions():
 # The networks.
 
 
-def build_tokenizer(folder):
-    """A byte-level BPE in CLIP's files -> CLIPTokenizer.
+def build_tokenizer(folder, captions, longest=TOKENS):
+    """A byte-level BPE in CLIP's files -> CLIPTokenizer, of `longest` tokens.
 
     Each word of the captions is one token; any other text is spelled.
     """
@@ -200,7 +202,7 @@ def build_tokenizer(folder):
         end_of_word_suffix="</w>",
         continuing_subword_prefix="",
     )
-    tokenizer.train_from_iterator(all_captions(), trainer)
+    tokenizer.train_from_iterator(captions, trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
 
@@ -210,22 +212,26 @@ def build_tokenizer(folder):
     tokens += ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=longest)
     clip.save_pretrained(folder / "tokenizer")
     return CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def tokenize(tokenizer, texts):
-    """Token numbers [B, TOKENS]."""
+    """Token numbers [B, T], of as many tokens as the tokenizer takes."""
+    longest = tokenizer.model_max_length
     tokens = tokenizer(
-        texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
     )
     return tokens.input_ids
 
 
-def new_generator(tokenizer):
-    """-> ModuleDict of transformer (2.3 M parameters) and text encoder (0.15 M), untrained."""
-    transformer = SD3Transformer2DModel(**TRANSFORMER)
+def new_generator(tokenizer, arguments):
+    """-> ModuleDict of transformer and text encoder (0.15 M parameters), untrained.
+
+    arguments: of the transformer, 2.3 M parameters by TRANSFORMER.
+    """
+    transformer = SD3Transformer2DModel(**arguments)
     # adaLN-zero: every block starts as the identity.
     modulations = ("norm1.linear", "norm1_context.linear", "norm_out.linear")
     for name, module in transformer.named_modules():
@@ -239,7 +245,7 @@ def new_generator(tokenizer):
         projection_dim=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -255,6 +261,7 @@ def new_generator(tokenizer):
 
 def train_classifier(images, labels, width, seed, epochs, batch=256, peak_lr=8e-3):
     """A small CNN, trained on slightly shifted, slightly noisy pictures, in eval mode."""
+    precision = faster_precision()
     torch.manual_seed(seed)
     model = Classifier(width).to(memory_format=torch.channels_last)
     steps = epochs * len(images) // batch
@@ -266,7 +273,7 @@ def train_classifier(images, labels, width, seed, epochs, batch=256, peak_lr=8e-
         x = images[rows].roll(shift, (2, 3))
         noise_level = 0.05 * torch.rand(batch, 1, 1, 1)
         x = x + noise_level * torch.randn(batch, 1, 28, 28)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             logits = model(x.to(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=0.02)
         optimizer.zero_grad()
@@ -302,14 +309,14 @@ class CaptionedPictures:
         return self.images[picked], torch.stack(tokens)
 
 
-def flow_matching_loss(model, x0, tokens):
+def flow_matching_loss(model, x0, tokens, precision):
     """Mean squared error of the velocity at random times, more often in the middle."""
-    noise = torch.randn(len(x0), 1, 28, 28)
+    noise = torch.randn(x0.shape)
     is_logit_normal = torch.rand(len(x0)) < 0.8
     t = torch.where(is_logit_normal, torch.randn(len(x0)).sigmoid(), torch.rand(len(x0)))
     column = t[:, None, None, None]
     x_t = (1 - column) * x0 + column * noise
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         text = model["text_encoder"](tokens)
         v = model["transformer"](
             hidden_states=x_t,
@@ -336,14 +343,12 @@ def update_average(average, model, step):
         mean.lerp_(parameter, share)
 
 
-def train_generator(images, labels, tokenizer, steps, seed, early, batch=256, peak_lr=2e-3):
+def train_generator(model, data, steps, early=math.inf, batch=256, peak_lr=2e-3):
     """Flow matching -> the averaged weights, and those after `early` seconds (None: not reached).
 
-    Both are a ModuleDict in eval mode.
+    data.draw(n) -> x_0 [n, C, H, W], tokens [n, T]. Both are a ModuleDict in eval mode.
     """
-    torch.manual_seed(seed)
-    data = CaptionedPictures(images, labels, tokenizer, seed)
-    model = new_generator(tokenizer)
+    precision = faster_precision()
     average = copy.deepcopy(model)
     snapshot = None
     optimizer = torch.optim.AdamW(
@@ -355,7 +360,7 @@ def train_generator(images, labels, tokenizer, steps, seed, early, batch=256, pe
         lr = learning_rate(step, steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = flow_matching_loss(model, *data.draw(batch))
+        loss = flow_matching_loss(model, *data.draw(batch), precision)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -462,8 +467,11 @@ def build(args, out):
     start = time.time()
     out.mkdir(parents=True, exist_ok=True)
     write_prompts(out)
-    tokenizer = build_tokenizer(out)
-    average, snapshot = train_generator(images, labels, tokenizer, args.steps, args.seed, early=300)
+    tokenizer = build_tokenizer(out, all_captions())
+    torch.manual_seed(args.seed)
+    data = CaptionedPictures(images, labels, tokenizer, args.seed)
+    model = new_generator(tokenizer, TRANSFORMER)
+    average, snapshot = train_generator(model, data, args.steps, early=300)
     save_generator(out, average)
     if args.early and snapshot:
         early = Path(args.early)

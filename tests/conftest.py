@@ -124,11 +124,11 @@ def contents(folder):
 
 def build_generator(folder, seed):
     """Writes transformer/, text_encoder/, tokenizer/, scheduler/ and model_index.json."""
-    from build_tiny import TOKENS, build_tokenizer, save_generator
+    from build_tiny import TOKENS, all_captions, build_tokenizer, save_generator
     from diffusers import SD3Transformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    tokenizer = build_tokenizer(folder)
+    tokenizer = build_tokenizer(folder, all_captions())
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
         sample_size=28,

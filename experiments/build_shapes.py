@@ -1,0 +1,394 @@
+"""Builds assets/shapes, a small Stable Diffusion 3 in colour, whose collapse can be counted.
+
+    python experiments/build_shapes.py              # nothing is downloaded: scenes are drawn
+    python experiments/build_shapes.py --report     # the quality of what was built
+
+It learns the scenes of shapes.py (32 x 32, one object, five attributes) from drawings of them:
+    vae/                                an autoencoder: latents [4, 8, 8]
+    transformer/ text_encoder/ tokenizer/ scheduler/    a rectified flow in latents with captions
+    reward/ evaluator/                  two networks that read all attributes, trained apart
+    prompts.jsonl eval_prompts.jsonl    to train on, and to judge on; beside a prompt, what it names
+What the two builds share is in build_tiny.py. Left out: resuming (it takes less than an hour).
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+import shapes  # noqa: E402
+from build_tiny import (  # noqa: E402
+    MODEL_INDEX,
+    build_tokenizer,
+    learning_rate,
+    new_generator,
+    tokenize,
+    train_generator,
+    write_json,
+)
+
+import bases  # noqa: E402
+import eval as evaluation  # noqa: E402
+from commands import picture_sets  # noqa: E402
+from dist_reward import moments  # noqa: E402
+from prompting import read_prompts  # noqa: E402
+from rewards import classifier  # noqa: E402
+from rewards.metrics import mean_distance  # noqa: E402
+
+ATTRIBUTES = shapes.ATTRIBUTES
+TOKENS = 12  # the longest caption, start and end marks included
+
+# The autoencoder, 0.2 M parameters.
+VAE = {
+    "sample_size": shapes.SIDE,
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+LATENT_SIDE = shapes.SIDE // 4
+
+# The transformer: 16 patches of 2 x 2 x 4 numbers.
+TRANSFORMER = {
+    "sample_size": LATENT_SIDE,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "joint_attention_dim": 64,
+    "caption_projection_dim": 128,
+    "pooled_projection_dim": 64,
+    "pos_embed_max_size": 4,
+    "qk_norm": "rms_norm",
+}
+
+# Scenes of each part of the build: the seed of shapes.new_scene, so that nothing is seen twice.
+GENERATOR_SEED, REWARD_SEED, EVALUATOR_SEED, TEST_SEED = 1, 2, 3, 4
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts.
+
+# What the prompts of training and of evaluation name; everything else is left open. Each attribute
+# is open in half of them or more.
+TRAIN_NAMED = [
+    {"shape": "star"},
+    {"shape": "ring"},
+    {"shape": "triangle"},
+    {"colour": "blue"},
+    {"colour": "yellow"},
+    {"cell": "top left"},
+    {"cell": "bottom"},
+    {"background": "white"},
+    {"size": "large"},
+    {"shape": "circle", "colour": "red"},
+    {"shape": "square", "colour": "green"},
+    {"shape": "cross", "colour": "orange"},
+    {"shape": "star", "colour": "turquoise"},
+    {"shape": "ring", "colour": "pink"},
+    {"shape": "triangle", "colour": "purple"},
+    {"shape": "circle", "size": "small"},
+    {"shape": "square", "size": "large"},
+    {"shape": "star", "size": "medium"},
+    {"shape": "cross", "cell": "right"},
+    {"shape": "ring", "cell": "top"},
+    {"shape": "triangle", "cell": "centre"},
+    {"shape": "circle", "background": "black"},
+    {"shape": "cross", "background": "navy"},
+    {"colour": "orange", "cell": "left"},
+    {"colour": "red", "size": "large"},
+    {"colour": "green", "background": "grey"},
+    {"size": "small", "cell": "bottom right"},
+    {"shape": "square", "colour": "blue", "background": "white"},
+    {"shape": "star", "colour": "yellow", "size": "large"},
+    {"shape": "ring", "colour": "purple", "cell": "bottom left"},
+]
+EVAL_NAMED = [
+    {"shape": "cross"},
+    {"colour": "purple"},
+    {"cell": "top right"},
+    {"shape": "star", "colour": "red"},
+    {"shape": "triangle", "colour": "green"},
+    {"shape": "ring", "size": "large"},
+    {"shape": "square", "cell": "bottom"},
+    {"shape": "circle", "background": "navy"},
+    {"colour": "turquoise", "background": "black"},
+    {"shape": "circle", "colour": "orange", "size": "medium"},
+]
+
+
+def write_prompts(folder):
+    """prompts.jsonl, and eval_prompts.jsonl: other things, phrased in another way."""
+    for name, named, style in (("prompts", TRAIN_NAMED, 0), ("eval_prompts", EVAL_NAMED, 1)):
+        rows = [{"prompt": shapes.phrase(facts, style=style)} | facts for facts in named]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# The data.
+
+
+def pictures_of(seed, count):
+    """-> uint8 [count, 3, SIDE, SIDE], and the facts of each."""
+    numbers = tqdm(range(count), desc=f"scenes of seed {seed}", mininterval=5)
+    pictures, facts = shapes.draw_many(seed, numbers)
+    return torch.from_numpy(pictures.copy()), facts
+
+
+def as_images(pictures):
+    """uint8 -> float32 in [0, 1]."""
+    return pictures.float() / 255
+
+
+class CaptionedLatents:
+    """Latents of scenes, and the tokens of captions that are true of them."""
+
+    def __init__(self, latents, facts, tokenizer, seed):
+        self.rng = np.random.default_rng(seed)
+        self.latents = latents
+        self.facts = facts
+        self.tokenizer = tokenizer
+        self.tokens = {}  # of the captions so far
+
+    def draw(self, count):
+        """-> latents [count, 4, 8, 8], tokens [count, TOKENS].
+
+        A tenth of the captions is empty, for guidance.
+        """
+        picked = self.rng.integers(len(self.latents), size=count)
+        tokens = []
+        for i in picked:
+            text = ""
+            if self.rng.random() >= 0.1:
+                text = shapes.caption(self.rng, self.facts[i])
+            if text not in self.tokens:
+                self.tokens[text] = tokenize(self.tokenizer, [text])[0]
+            tokens.append(self.tokens[text])
+        return self.latents[picked], torch.stack(tokens)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training.
+
+
+def train_vae(pictures, steps, seed, batch=64, peak_lr=3e-3):
+    """An autoencoder -> AutoencoderKL in eval mode, whose latents have mean 0 and std 1.
+
+    Its loss is the absolute error and a little of the divergence of the latents from noise.
+    """
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(**VAE)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak_lr, betas=(0.9, 0.99))
+    bar = tqdm(range(steps), desc="autoencoder", mininterval=5)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr)
+        rows = torch.randint(len(pictures), (batch,))
+        x = as_images(pictures[rows]) * 2 - 1
+        posterior = vae.encode(x).latent_dist
+        found = vae.decode(posterior.sample()).sample
+        loss = F.l1_loss(found, x) + F.mse_loss(found, x) + 1e-4 * posterior.kl().mean() / 64
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    vae.eval()
+    latents = encode(vae, pictures[:5000])
+    vae.register_to_config(
+        shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
+    )
+    return vae
+
+
+@torch.inference_mode()
+def encode(vae, pictures):
+    """uint8 [n, 3, 32, 32] -> the means of their latents [n, 4, 8, 8]."""
+    parts = []
+    for part in pictures.split(500):
+        parts.append(vae.encode(as_images(part) * 2 - 1).latent_dist.mean)
+    return torch.cat(parts)
+
+
+def train_reader(width, seed, scenes, steps, batch=128, peak_lr=4e-3):
+    """A Classifier of all attributes, trained on slightly blurred, slightly noisy scenes."""
+    pictures, facts = pictures_of(seed, scenes)
+    torch.manual_seed(seed)
+    model = classifier.Classifier(width, ATTRIBUTES, shapes.SIDE, channels=3)
+    numbers = classifier.value_numbers(facts, ATTRIBUTES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.05)
+    for step in tqdm(range(steps), desc=f"reader, width {width}", mininterval=5):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr)
+        rows = torch.randint(len(pictures), (batch,))
+        x = as_images(pictures[rows])
+        blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        x = torch.lerp(x, blurred, 0.6 * torch.rand(batch, 1, 1, 1))
+        x = x + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn(x.shape)
+        loss = 0
+        for logits, asked in zip(classifier.by_attribute(model(x), ATTRIBUTES), numbers[rows].T):
+            loss = loss + F.cross_entropy(logits, asked, label_smoothing=0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing.
+
+
+@torch.inference_mode()
+def save_reader(folder, model, pictures):
+    """Weights, attributes, and what real scenes look like to it.
+
+    real.npz is of all scenes, real-1 and real-2 of each half: for the search and the report of
+    merge.py. Each holds mu and sigma (float64, unbiased), frequencies_NAME of the values that it
+    reads, and scale, half the mean distance of two scenes that fit the same prompt.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    config = {"width": model.width, "attributes": ATTRIBUTES, "size": shapes.SIDE, "channels": 3}
+    write_json(folder / "config.json", config)
+    features = torch.cat([model.features(as_images(part)) for part in pictures.split(1000)])
+    values = classifier.read_values(model.head(features), ATTRIBUTES)  # [n, A]
+
+    distances = []
+    for named in EVAL_NAMED:
+        asked = classifier.value_numbers([named], ATTRIBUTES)
+        fits = ((values == asked) | (asked == classifier.OPEN)).all(1)
+        distances.append(mean_distance(features[fits][:500]))
+    scale = np.mean(distances) / 2
+
+    halves = {"real": slice(None), "real-1": slice(0, None, 2), "real-2": slice(1, None, 2)}
+    for name, part in halves.items():
+        mu, sigma = moments(features[part])
+        frequencies = {}
+        for a, (attribute, known) in enumerate(ATTRIBUTES.items()):
+            counts = torch.bincount(values[part, a], minlength=len(known)).double()
+            frequencies[f"frequencies_{attribute}"] = (counts / counts.sum()).numpy()
+        np.savez(folder / f"{name}.npz", mu=mu, sigma=sigma, scale=scale, **frequencies)
+
+
+def save_generator(folder, model, vae):
+    """The diffusers folder, in half precision."""
+    model = model.half()
+    model["transformer"].save_pretrained(folder / "transformer")
+    model["text_encoder"].save_pretrained(folder / "text_encoder")
+    vae.half().save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    index = MODEL_INDEX | {"vae": ["diffusers", "AutoencoderKL"]}
+    write_json(folder / "model_index.json", index, indent=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command.
+
+
+def report(folder, pictures):
+    """Prints the quality of fresh pictures, and, as a floor, of as many scenes.
+
+    20 deterministic steps at the evaluation prompts, all equally often.
+    """
+    judge = evaluation.Judge(folder, "evaluator")
+    prompts = read_prompts(folder / "eval_prompts.jsonl")
+    each = pictures // len(prompts)
+
+    def print_scores(name, images):
+        scores = evaluation.score(images, prompts, judge.network, judge.real)
+        words = [f"{metric} {value:.3f}" for metric, value in scores.items()]
+        print(f"{name:24} {', '.join(words)}", flush=True)
+
+    print_scores("scenes", scenes_of(prompts, each))
+    model = bases.load(folder)
+    for guidance in (1.0, 1.5, 2.0):
+        images = picture_sets.generate(model, prompts, each, 20, guidance, seed=0, batch=500)
+        print_scores(f"guidance {guidance}", images)
+
+
+def scenes_of(prompts, each, seed=TEST_SEED):
+    """Scenes that fit each prompt -> float [P each, 3, 32, 32] in [0, 1]."""
+    images = []
+    for number, prompt in enumerate(prompts):
+        named = {name: prompt.metadata[name] for name in ATTRIBUTES if name in prompt.metadata}
+        scenes = (shapes.new_scene(seed, number * each + i, named=named) for i in range(each))
+        drawn = np.stack([shapes.draw(scene) for scene in scenes])
+        images.append(as_images(torch.from_numpy(drawn).permute(0, 3, 1, 2)))
+    return torch.cat(images)
+
+
+def build(args, out):
+    """Builds everything and says how good the networks are."""
+    start = time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    write_prompts(out)
+    tokenizer = build_tokenizer(out, shapes.all_words(), TOKENS)
+    pictures, facts = pictures_of(GENERATOR_SEED, args.scenes)
+
+    vae = train_vae(pictures, args.vae_steps, args.seed)
+    latents = encode(vae, pictures)
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    torch.manual_seed(args.seed)
+    data = CaptionedLatents(latents, facts, tokenizer, args.seed)
+    model = new_generator(tokenizer, TRANSFORMER)
+    average, _ = train_generator(model, data, args.steps, batch=args.batch)
+    save_generator(out, average, vae)
+
+    test, facts = pictures_of(TEST_SEED, args.scenes // 3)
+    truth = classifier.value_numbers(facts, ATTRIBUTES)
+    for name, width, seed in (("reward", 16, REWARD_SEED), ("evaluator", 24, EVALUATOR_SEED)):
+        model = train_reader(width, seed, args.scenes // 2, args.reader_steps)
+        save_reader(out / name, model, test)
+        with torch.inference_mode():
+            logits = torch.cat([model(as_images(part)) for part in test.split(1000)])
+        right = (classifier.read_values(logits, ATTRIBUTES) == truth).double().mean(0)
+        words = [f"{attribute} {share:.4f}" for attribute, share in zip(ATTRIBUTES, right)]
+        print(f"{name}: accuracy on {len(test):,} fresh scenes: {', '.join(words)}", flush=True)
+    minutes = (time.time() - start) / 60
+    print(f"{out}: built in {minutes:.1f} minutes; --report prints its quality")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", default="assets/shapes", help="folder to write")
+    parser.add_argument("--scenes", type=int, default=60000, help="that the generator learns from")
+    parser.add_argument("--vae_steps", type=int, default=2000, help="of the autoencoder")
+    parser.add_argument("--steps", type=int, default=6000, help="of the generator")
+    parser.add_argument("--batch", type=int, default=128, help="pictures in one step of it")
+    parser.add_argument("--reader_steps", type=int, default=2500, help="of each classifier")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--report", action="store_true", help="build nothing; print the quality of --out"
+    )
+    parser.add_argument("--pictures", type=int, default=1000, help="pictures of the report")
+    args = parser.parse_args()
+
+    out = Path(args.out)
+    if args.report:
+        report(out, args.pictures)
+    else:
+        build(args, out)
+
+
+if __name__ == "__main__":
+    main()
