@@ -41,8 +41,8 @@ from rewards import (
     check_reward,
     cut_texts,
     names_any,
-    needs_labels,
     parse,
+    readers,
 )
 from rewards.classifier import check_classifier
 from rewards.features import ANYWHERE, TINY, check_features, seen_side
@@ -244,18 +244,18 @@ def check_multiple(flag, value, prompts, where, least=1):
     )
 
 
-def known_attributes(folders):
-    """What the classifiers in these folders read: {name: [values]}.
+def known_attributes(asked):
+    """What networks {folder: arguments} read: {name: [values]}.
 
-    Raises ValueError where they do not agree.
+    Raises ValueError where they differ.
     """
-    known = [check_classifier(folder)["attributes"] for folder in folders]
-    if any(attributes != known[0] for attributes in known):
-        words = [f"{folder.name}/ knows {in_words(a)}" for folder, a in zip(folders, known)]
-        raise ValueError(
-            f"{folders[0].parent}: {' and '.join(words)}; give classifiers of the same"
-        )
-    return known[0]
+    known = {folder: arguments["attributes"] for folder, arguments in asked.items()}
+    first = next(iter(known.values()))
+    if any(attributes != first for attributes in known.values()):
+        words = [f"{folder.name}/ knows {in_words(known[folder])}" for folder in known]
+        parent = next(iter(known)).parent
+        raise ValueError(f"{parent}: {' and '.join(words)}; give networks that know the same")
+    return first
 
 
 def in_words(attributes):
@@ -264,18 +264,17 @@ def in_words(attributes):
 
 
 def check_asked_labels(args, judge, prompts, eval_prompts, eval_file):
-    """The prompts name what the classifiers that are asked about them know.
+    """The prompts name what the networks that are asked about them know.
 
     The reward asks about all prompts; the judge, whose folder may be missing, about eval_prompts.
     """
-    reward = judge.parent / "reward"
-    asked = [judge] if judge.is_dir() else []
-    if needs_labels(args.reward) and reward not in asked:
-        asked.append(reward)
+    asked = {judge: check_classifier(judge)} if judge.is_dir() else {}
+    rewarding = readers(args.reward, judge.parent)
+    asked |= rewarding
     if asked:
         attributes = known_attributes(asked)
         check_labels(eval_prompts, eval_file, attributes)
-    if needs_labels(args.reward):
+    if rewarding:
         check_labels(prompts, args.prompts, attributes)
 
 
@@ -855,15 +854,12 @@ def check_comparable(sets):
 
 def check_score_networks(args, folder, sets, has_labels):
     """The networks that see the pictures can be loaded, and can see pictures of their size."""
-    asks_reward_classifier = bool(args.reward) and needs_labels(args.reward)
-    asks_evaluator = has_labels and (folder / "evaluator").is_dir()
-    asked = []
-    if asks_evaluator:
-        asked.append(folder / "evaluator")
-        if len(check_classifier(folder / "evaluator")["attributes"]) > 1:  # for the modes
-            check_judge(folder / "evaluator")
-    if asks_reward_classifier:
-        asked.append(folder / "reward")
+    asked = readers(args.reward, folder) if args.reward else {}
+    evaluator = folder / "evaluator"
+    if has_labels and evaluator.is_dir():
+        asked = {evaluator: check_classifier(evaluator)} | asked
+        if len(asked[evaluator]["attributes"]) > 1:  # for the modes
+            check_judge(evaluator)
     if args.reward:
         check_reward(args.reward, folder)
         need(
@@ -879,13 +875,13 @@ def check_score_networks(args, folder, sets, has_labels):
     check_target(target, D, side=seen_side(args.features, folder))
 
     if args.features in TINY:
-        asked.append(folder / args.features)
-    for classifier in asked:
-        side = check_classifier(classifier)["size"]
+        asked[folder / args.features] = check_classifier(folder / args.features)
+    for network, arguments in asked.items():
+        side = arguments["size"]
         for pictures in sets:
             for size, picture in (pictures.sizes or {}).items():
                 need(
                     size == (side, side),
-                    f"{picture}: of {size[0]} x {size[1]}, and {classifier} sees {side} x {side}; "
+                    f"{picture}: of {size[0]} x {size[1]}, and {network} sees {side} x {side}; "
                     "choose other --features, and --prompts without labels",
                 )

@@ -15,7 +15,7 @@ import bases
 from bases.generator import Generator
 from bases.lora import add_lora, export
 from bases.tensors import base_facts, save_snapshots
-from rewards import DISTRIBUTION, Reward, needs_labels, parse
+from rewards import DISTRIBUTION, Reward, parse, readers
 from rewards.classifier import check_classifier
 from rewards.features import TINY, load_features
 from rewards.targets import ReferenceSet, open_reference_set
@@ -119,18 +119,18 @@ def check_sizes_of_judges(args, model):
     Raises ValueError, in one line.
     """
     names = {args.diversity_features, "evaluator"}
-    if needs_labels(args.reward):
-        names.add("reward")
     if any(name in DISTRIBUTION for name in parse(args.reward)):
         names.add(args.features)
-    folders = [model.folder / name for name in TINY if name in names]
-    folders = [folder for folder in folders if folder.is_dir()]
+    folders = readers(args.reward, model.folder)
+    for name in TINY:
+        if name in names and (model.folder / name).is_dir():
+            folders[model.folder / name] = check_classifier(model.folder / name)
     if not folders:
         return
     blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
     height, width = blank.shape[2:]
-    for folder in folders:
-        side = check_classifier(folder)["size"]
+    for folder, arguments in folders.items():
+        side = arguments["size"]
         if (height, width) != (side, side):
             raise ValueError(
                 f"--model {args.model}: draws pictures of {height} x {width}, and {folder} sees "

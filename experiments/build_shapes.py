@@ -7,6 +7,7 @@ It learns the scenes of shapes.py (32 x 32, one object, five attributes) from dr
     vae/                                an autoencoder: latents [4, 8, 8]
     transformer/ text_encoder/ tokenizer/ scheduler/    a rectified flow in latents with captions
     reward/ evaluator/                  two networks that read all attributes, trained apart
+    recogniser/                         a third, of another kind, as a reward
     prompts.jsonl eval_prompts.jsonl    to train on, and to judge on; beside a prompt, what it names
 What the two builds share is in build_tiny.py. Left out: resuming (it takes less than an hour).
 """
@@ -33,6 +34,7 @@ from build_tiny import (  # noqa: E402
     new_generator,
     tokenize,
     train_generator,
+    train_recogniser,
     write_json,
 )
 
@@ -79,14 +81,14 @@ TRANSFORMER = {
 }
 
 # Scenes of each part of the build: the seed of shapes.new_scene, so that nothing is seen twice.
-GENERATOR_SEED, REWARD_SEED, EVALUATOR_SEED, TEST_SEED = 1, 2, 3, 4
+GENERATOR_SEED, REWARD_SEED, EVALUATOR_SEED, TEST_SEED, RECOGNISER_SEED = 1, 2, 3, 4, 5
 
 
 # --------------------------------------------------------------------------------------------------
 # Prompts.
 
 # What the prompts of training and of evaluation name; everything else is left open. Each attribute
-# is open in half of them or more.
+# is named by some and left open by others.
 TRAIN_NAMED = [
     {"shape": "star"},
     {"shape": "ring"},
@@ -333,6 +335,29 @@ def scenes_of(prompts, each, seed=TEST_SEED):
     return torch.cat(images)
 
 
+def build_recogniser(args, out, test, truth):
+    """Writes out/recogniser and says how good it is on the scenes `test`."""
+    pictures, facts = pictures_of(RECOGNISER_SEED, args.scenes // 2)
+    numbers = classifier.value_numbers(facts, ATTRIBUTES)
+
+    def draw(count):
+        rows = torch.randint(len(pictures), (count,))
+        return as_images(pictures[rows]), numbers[rows]
+
+    model = train_recogniser(draw, ATTRIBUTES, shapes.SIDE, 8, args.recogniser_steps, args.seed)
+    model.save_pretrained(out / "recogniser")
+    print_accuracy("recogniser", lambda x: model(pixel_values=x * 2 - 1).logits, test, truth)
+
+
+@torch.inference_mode()
+def print_accuracy(name, network, test, truth):
+    """How often a network of images -> logits reads each attribute as it is: truth [n, A]."""
+    logits = torch.cat([network(as_images(part)) for part in test.split(1000)])
+    right = (classifier.read_values(logits, ATTRIBUTES) == truth).double().mean(0)
+    words = [f"{attribute} {share:.4f}" for attribute, share in zip(ATTRIBUTES, right)]
+    print(f"{name}: accuracy on {len(test):,} fresh scenes: {', '.join(words)}", flush=True)
+
+
 def build(args, out):
     """Builds everything and says how good the networks are."""
     start = time.time()
@@ -355,11 +380,8 @@ def build(args, out):
     for name, width, seed in (("reward", 16, REWARD_SEED), ("evaluator", 24, EVALUATOR_SEED)):
         model = train_reader(width, seed, args.scenes // 2, args.reader_steps)
         save_reader(out / name, model, test)
-        with torch.inference_mode():
-            logits = torch.cat([model(as_images(part)) for part in test.split(1000)])
-        right = (classifier.read_values(logits, ATTRIBUTES) == truth).double().mean(0)
-        words = [f"{attribute} {share:.4f}" for attribute, share in zip(ATTRIBUTES, right)]
-        print(f"{name}: accuracy on {len(test):,} fresh scenes: {', '.join(words)}", flush=True)
+        print_accuracy(name, model, test, truth)
+    build_recogniser(args, out, test, truth)
     minutes = (time.time() - start) / 60
     print(f"{out}: built in {minutes:.1f} minutes; --report prints its quality")
 
@@ -376,6 +398,7 @@ def main():
     parser.add_argument("--steps", type=int, default=6000, help="of the generator")
     parser.add_argument("--batch", type=int, default=128, help="pictures in one step of it")
     parser.add_argument("--reader_steps", type=int, default=2500, help="of each classifier")
+    parser.add_argument("--recogniser_steps", type=int, default=3000, help="of the recogniser")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--report", action="store_true", help="build nothing; print the quality of --out"

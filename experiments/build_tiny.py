@@ -8,6 +8,7 @@ It is made from the 60,000 training photographs of Fashion-MNIST (28 x 28, grey)
     transformer/ text_encoder/ tokenizer/ scheduler/    a rectified flow in pixels with captions,
                                                         x_t = (1 - t) x_0 + t eps, v = eps - x_0
     reward/ evaluator/                  two classifiers, trained apart: one rewards, one judges
+    recogniser/                         a network of another kind, trained apart, as a reward
     prompts.jsonl eval_prompts.jsonl    to train on, and to judge on
     model_index.json                    diffusers' list of the parts
 Transformer and text encoder are trained together from scratch. Left out: a VAE (28 x 28 pixels need
@@ -30,7 +31,13 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 from evidence import faster_precision  # noqa: E402
@@ -40,7 +47,7 @@ import eval as evaluation  # noqa: E402
 from commands import picture_sets  # noqa: E402
 from dist_reward import moments  # noqa: E402
 from prompting import read_prompts  # noqa: E402
-from rewards.classifier import Classifier, load_classifier  # noqa: E402
+from rewards.classifier import Classifier, by_attribute, label_of, load_classifier  # noqa: E402
 from rewards.metrics import mean_distance  # noqa: E402
 from rewards.targets import read_idx  # noqa: E402
 
@@ -283,6 +290,60 @@ def train_classifier(images, labels, width, seed, epochs, batch=256, peak_lr=8e-
     return model.to(memory_format=torch.contiguous_format).eval()
 
 
+def train_recogniser(draw, attributes, size, patch, steps, seed, batch=128, peak_lr=1e-3):
+    """A vision transformer that reads attributes {name: [values]} -> ViTForImageClassification.
+
+    draw(n) -> pictures [n, 3, size, size] in [0, 1], and the numbers of their values [n, A].
+    """
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=384,
+        image_size=size,
+        patch_size=patch,
+        num_labels=sum(len(values) for values in attributes.values()),
+        attributes=attributes,
+    )
+    model = ViTForImageClassification(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.05)
+    for step in tqdm(range(steps), desc="recogniser", mininterval=5):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr)
+        images, numbers = draw(batch)
+        x = images + 0.05 * torch.rand(batch, 1, 1, 1) * torch.randn(images.shape)
+        logits = model(pixel_values=x * 2 - 1).logits
+        loss = 0
+        for part, number in zip(by_attribute(logits, attributes), numbers.T):
+            loss = loss + F.cross_entropy(part, number, label_smoothing=0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def build_recogniser(args, out):
+    """Writes out/recogniser and says how good it is."""
+    images, labels = load_split(args.data, "train")
+    attributes = label_of(10)
+
+    def draw(count):
+        rows = torch.randint(len(images), (count,))
+        x = images[rows].roll(torch.randint(-1, 2, (2,)).tolist(), (2, 3))
+        return x.expand(-1, 3, -1, -1), labels[rows][:, None]
+
+    model = train_recogniser(draw, attributes, 28, 7, args.recogniser_steps, 100 * args.seed + 3)
+    model.save_pretrained(out / "recogniser")
+    test, test_labels = load_split(args.data, "t10k")
+    answers = []
+    with torch.inference_mode():
+        for part in test.expand(-1, 3, -1, -1).split(1000):
+            answers.append(model(pixel_values=part * 2 - 1).logits.argmax(1))
+    accuracy = (torch.cat(answers) == test_labels).float().mean()
+    print(f"recogniser: accuracy on the 10,000 test pictures {accuracy:.4f}")
+
+
 class CaptionedPictures:
     """Pictures in [-1, 1], and the tokens of captions that are true of them."""
 
@@ -486,6 +547,7 @@ def build(args, out):
             answers = torch.cat([model(part).argmax(1) for part in test.split(1000)])
         accuracy = (answers == test_labels).float().mean()
         print(f"{name}: accuracy on the 10,000 test pictures {accuracy:.4f}")
+    build_recogniser(args, out)
     minutes = (time.time() - start) / 60
     print(f"{out}: built in {minutes:.1f} minutes; --report prints its quality")
 
@@ -519,6 +581,12 @@ def main():
         default=None,
         help="also write the generator as it was after its first 300 seconds to this folder",
     )
+    parser.add_argument(
+        "--recogniser_steps", type=int, default=4000, help="optimizer steps of the recogniser"
+    )
+    parser.add_argument(
+        "--recogniser", action="store_true", help="build the recogniser of --out alone"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--report",
@@ -533,6 +601,8 @@ def main():
         folders = [args.early, out] if args.early else [out]
         test, test_labels = load_split(args.data, "t10k")
         report(folders, out, test, test_labels, args.pictures)
+    elif args.recogniser:
+        build_recogniser(args, out)
     else:
         build(args, out)
 

@@ -230,3 +230,70 @@ def all_words():
         for value in values:
             words += value.split()
     return sorted(set(words))
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading a picture by a program: no network has to be trusted.
+
+TURNS = np.linspace(-0.35, 0.35, 8)
+CLEAN = 0.12  # the largest error of a fit, root mean square over the object's pixels
+
+
+def area_and_middle(shape):
+    """Of an outline of radius 1: its area, and its centre of mass, y alone (x is 0)."""
+    covered = cover(shape, (SIDE / 2, SIDE / 2), 10, 0, 1)
+    rows = np.arange(SIDE) + 0.5 - SIDE / 2
+    return covered.sum() / 100, (covered.sum(1) * rows).sum() / covered.sum() / 10
+
+
+AREAS = {shape: area_and_middle(shape) for shape in SHAPES}
+
+
+def nearest(palette, colour):
+    """The name in {name: number or colour} that is nearest."""
+    distances = {name: np.abs(np.subtract(value, colour)).sum() for name, value in palette.items()}
+    return min(distances, key=distances.get)
+
+
+def read(picture):
+    """uint8 [SIDE, SIDE, 3] -> its facts {attribute: value}, or None where it is no clean scene.
+
+    The object is what differs from the border. Each shape is drawn with its area at its place, in
+    several turns; the one that fits best is the answer, if it fits.
+    """
+    pixels = picture.astype(np.float64)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    background = np.median(border, axis=0)
+    differences = np.linalg.norm(pixels - background, axis=2)
+    strongest = differences >= 0.85 * np.sort(differences.ravel())[-6]
+    colour = np.median(pixels[strongest], axis=0)
+    contrast = colour - background
+    if np.linalg.norm(contrast) < 50:
+        return None
+    covered = ((pixels - background) @ contrast / (contrast @ contrast)).clip(0, 1)
+    covered[covered < 0.15] = 0  # the slope of the background
+
+    total = covered.sum()
+    steps = np.arange(SIDE) + 0.5
+    middle = np.array([covered.sum(0) @ steps, covered.sum(1) @ steps]) / total
+    best = None
+    for shape, (area, offset) in AREAS.items():
+        radius = math.sqrt(total / area)
+        for turn in TURNS:
+            # The outline's centre lies where its centre of mass, turned, is at `middle`.
+            centre = middle - radius * offset * np.array([-math.sin(turn), math.cos(turn)])
+            error = ((cover(shape, centre, radius, turn, 1.0) - covered) ** 2).sum()
+            if best is None or error < best[0]:
+                best = (error, shape, radius, centre)
+    error, shape, radius, centre = best
+    if math.sqrt(error / max(total, 1)) > 2 * CLEAN:
+        return None
+    column, row = (int(np.abs(np.subtract(CENTRES, place)).argmin()) for place in centre)
+    cells = {place: name for name, place in CELLS.items()}
+    return {
+        "shape": shape,
+        "colour": nearest(COLOURS, colour),
+        "size": nearest(RADII, radius),
+        "cell": cells[column, row],
+        "background": nearest(BACKGROUNDS, background),
+    }

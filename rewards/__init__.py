@@ -5,6 +5,7 @@ if left out. Training centres each term, divides it by its own std, and then wei
 
     class, margin,        the model folder's classifier: rewards/classifier.py
     ink, taste
+    recogniser            its recogniser, a network of another kind: rewards/recogniser.py
     clip[:MODEL]          CLIPScore in percent: rewards/clip.py. MODEL is a hub id or a folder
     pickscore[:MODEL]     PickScore
     aesthetic:FILE        LAION's head, a file, on CLIP ViT-L/14; aesthetic:FILE@MODEL on another
@@ -32,11 +33,13 @@ from rewards.classifier import (
 )
 from rewards.clip import CLIPS, HEAD_FEATURES, AestheticTerm, Clip, ClipTerm, load_head, read_clip
 from rewards.features import NotNumbers, load_function, own_numbers
+from rewards.recogniser import Recogniser, check_recogniser
 from support.files import to_uint8
 
 JPEG = {"jpeg": -1, "incompressible": 1}
 DISTRIBUTION = ("fid", "kid")
-KNOWN = (*NAMES, *JPEG, *CLIPS, *DISTRIBUTION)
+RECOGNISER = "recogniser"
+KNOWN = (*NAMES, RECOGNISER, *JPEG, *CLIPS, *DISTRIBUTION)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,9 +162,36 @@ def cut_texts(spec, texts):
     return cuts
 
 
-def needs_labels(spec):
-    """Whether a term asks the model folder's classifier, which every prompt names something to."""
-    return any(term.name in NAMES for term in parse_terms(spec).values())
+def readers(spec, folder):
+    """The networks of the model folder that terms ask -> {path: what it reads, and its size}.
+
+    Each wants every prompt to name something. Raises ValueError, in one line.
+    """
+    asked = {}
+    for term in parse_terms(spec).values():
+        if term.name in NAMES:
+            path = Path(folder) / "reward"
+            check_is_there(spec, path)
+            asked[path] = check_classifier(path)
+            if term.name == "taste" and asked[path]["channels"] == 1:
+                raise ValueError(
+                    f"--reward {spec}: taste pays warm colours, and {path} sees greys alone"
+                )
+        if term.name == RECOGNISER:
+            path = Path(folder) / RECOGNISER
+            check_is_there(spec, path)
+            asked[path] = check_recogniser(path)
+    return asked
+
+
+def check_is_there(spec, path):
+    """Raises ValueError unless the folder of a network that a reward asks exists."""
+    if not path.is_dir():
+        others = ", ".join(["clip", "pickscore", "aesthetic:FILE", *JPEG, "module:function"])
+        raise ValueError(
+            f"--reward {spec}: {path} does not exist, and {', '.join(NAMES)} ask reward/, "
+            f"{RECOGNISER} its own; rewards without one are {others}, and fid and kid of --target"
+        )
 
 
 def check_term(term):
@@ -185,8 +215,7 @@ def check_reward(spec, folder):
 
     Raises ValueError, in one line, for a term that cannot be loaded.
     """
-    if needs_labels(spec):
-        check_has_classifier(spec, Path(folder) / "reward")
+    readers(spec, folder)
     for term in parse_terms(spec).values():
         try:
             check_term(term)
@@ -194,19 +223,6 @@ def check_reward(spec, folder):
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"--reward {term.full_name}: {lines[0][:500]}") from None
     return parse(spec)
-
-
-def check_has_classifier(spec, folder):
-    """Raises ValueError unless `folder` holds the classifier that NAMES ask."""
-    if not folder.is_dir():
-        others = ", ".join(["clip", "pickscore", "aesthetic:FILE", *JPEG, "module:function"])
-        raise ValueError(
-            f"--reward {spec}: {folder} does not exist, and {', '.join(NAMES)} ask the classifier "
-            f"in it; rewards without one are {others}, and fid and kid of --target"
-        )
-    channels = check_classifier(folder)["channels"]
-    if channels == 1 and any(term.name == "taste" for term in parse_terms(spec).values()):
-        raise ValueError(f"--reward {spec}: taste pays warm colours, and {folder} sees greys alone")
 
 
 def names_any(prompts, attributes):
@@ -319,6 +335,9 @@ class Reward:
             if self.logits is None:
                 self.logits = SharedLogits(self.open_classifier())
             return ClassifierTerm(term.name, self.logits)
+        if term.name == RECOGNISER:
+            recogniser = Recogniser(self.folder / RECOGNISER, self.device)
+            return ClassifierTerm("class", SharedLogits(recogniser))
         if term.name in JPEG:
             return JpegTerm(term.name)
         if term.name in CLIPS:

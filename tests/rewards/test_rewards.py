@@ -163,11 +163,11 @@ def test_a_mixture_that_cannot_be_read_is_refused(spec, words):
     refused(lambda: rewards.check_reward(spec, TINY), f"--reward {spec}", words)
 
 
-def test_only_the_classifiers_rewards_need_labels():
+def test_only_some_rewards_ask_networks_of_the_model_folder():
     for spec in ("class", "jpeg,margin:2", "fid,ink"):
-        assert rewards.needs_labels(spec)
+        assert list(rewards.readers(spec, TINY)) == [TINY / "reward"]
     for spec in ("fid", "kid,jpeg", "clip,pickscore,aesthetic:f", "m:class"):
-        assert not rewards.needs_labels(spec)
+        assert rewards.readers(spec, TINY) == {}
 
 
 def test_a_value_that_no_classifier_knows_is_named_by_its_line():
