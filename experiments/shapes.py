@@ -236,7 +236,7 @@ def all_words():
 # Reading a picture by a program: no network has to be trusted.
 
 TURNS = np.linspace(-0.35, 0.35, 8)
-CLEAN = 0.12  # the largest error of a fit, root mean square over the object's pixels
+WORST = 0.24  # the largest error of a fit, root mean square over the object's pixels
 
 
 def area_and_middle(shape):
@@ -286,7 +286,7 @@ def read(picture):
             if best is None or error < best[0]:
                 best = (error, shape, radius, centre)
     error, shape, radius, centre = best
-    if math.sqrt(error / max(total, 1)) > 2 * CLEAN:
+    if math.sqrt(error / max(total, 1)) > WORST:
         return None
     column, row = (int(np.abs(np.subtract(CENTRES, place)).argmin()) for place in centre)
     cells = {place: name for name, place in CELLS.items()}

@@ -9,7 +9,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import build_shapes
 import build_tiny
+import collapse
 import cost
 import distribution
 import evidence
@@ -39,7 +41,9 @@ SCRIPTS = [
     train,
     merge,
     evaluation,
+    build_shapes,
     build_tiny,
+    collapse,
     cost,
     distribution,
     evidence,

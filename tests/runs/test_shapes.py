@@ -1,13 +1,24 @@
 """The world of shapes: its scenes, captions and reading, and the base that is built from it."""
 
 import itertools
+import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import shapes
-from build_shapes import EVAL_NAMED, TOKENS, TRAIN_NAMED
+import torch
+from build_shapes import EVAL_NAMED, TOKENS, TRAIN_NAMED, scenes_of
+from conftest import ROOT, launch, launch_process, read_metrics, small
 
+import bases
+import eval as evaluation
+from prompting import read_prompts
 from rewards import metrics
+
+SHAPES = ROOT / "assets" / "shapes"
+MODES = ["modes", *(f"modes_{name}" for name in shapes.ATTRIBUTES)]
 
 
 def facts_of(seed, count):
@@ -139,3 +150,132 @@ def test_modes_of_scenes_by_their_facts():
             found.append(metrics.effective_values(counts) / expected)
         # Six values show a little less of a loss among 64 pictures than nine do.
         assert np.mean(found) == pytest.approx(share, rel=0.03)
+
+
+# --------------------------------------------------------------------------------------------------
+# The embedded base.
+
+is_there = pytest.mark.skipif(not SHAPES.is_dir(), reason="assets/shapes is not built yet")
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@is_there
+def test_the_embedded_base_is_small_and_whole_and_holds_no_code():
+    names = files_in(SHAPES)
+    assert sum((SHAPES / name).stat().st_size for name in names) < 8e6
+    assert {name.rpartition(".")[2] for name in names} == {"json", "jsonl", "safetensors", "npz"}
+    assert bases.check(SHAPES) == SHAPES
+    model = bases.load(SHAPES)
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    assert 2e6 < parameters < 4e6
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return evaluation.Judge(SHAPES, "evaluator")
+
+
+@is_there
+def test_the_judge_finds_nothing_lost_in_fresh_scenes(judge):
+    prompts = read_prompts(SHAPES / "eval_prompts.jsonl")
+    scores = evaluation.score(scenes_of(prompts, 64, seed=50), prompts, judge.network, judge.real)
+    assert scores["accuracy"] > 0.97
+    for name in MODES:
+        assert scores[name] == pytest.approx(1, abs=0.05), name
+
+
+@is_there
+def test_the_judge_says_which_values_are_gone(judge):
+    """Scenes in six of the nine cells, and all of them red."""
+    prompts = read_prompts(SHAPES / "eval_prompts.jsonl")[:1]  # a cross
+    images = []
+    for number in range(200):
+        named = {"shape": "cross", "colour": "red"}
+        scene = shapes.new_scene(60, number, named=named, cells=shapes.ATTRIBUTES["cell"][:6])
+        images.append(torch.from_numpy(shapes.draw(scene)).permute(2, 0, 1) / 255)
+    scores = evaluation.score(torch.stack(images), prompts, judge.network, judge.real)
+    assert "modes_shape" not in scores
+    assert scores["modes_cell"] == pytest.approx(6 / 9, abs=0.04)
+    assert scores["modes_colour"] == pytest.approx(1 / 8, abs=0.02)
+    assert scores["modes_size"] == pytest.approx(1, abs=0.05)
+
+
+def run_on_shapes(out, *more):
+    return small(SHAPES, out, "--eval_images", 20, "--iterations", 2, *more)
+
+
+@is_there
+@pytest.mark.run
+def test_a_run_logs_modes_and_everything_reads_them(tmp_path, capsys):
+    flags = ("--reward", "class:1,margin:0.5,taste:0.5,recogniser:0.5,fid:0.3", "--reference", 20)
+    launch(run_on_shapes(tmp_path / "run", *flags))
+    first, *_, last = read_metrics(tmp_path / "run")
+    for row in (first, last):
+        assert all(0 < row[f"eval/{name}"] <= 1.6 for name in MODES)
+    for name in ("class", "margin", "taste", "recogniser", "fid"):
+        assert f"reward/{name}" in last
+    launch(run_on_shapes(tmp_path / "off", "--drift", "off"))
+    capsys.readouterr()
+    evaluation.main(["compare", str(tmp_path / "off"), str(tmp_path / "run")])
+    assert "| modes |" in capsys.readouterr().out.splitlines()[0]
+
+    out = tmp_path / "score.json"
+    words = ["score", str(tmp_path / "run" / "model"), "--n", "20", "--steps", "2"]
+    evaluation.main([*words, "--device", "cpu", "--out", str(out), "--reward", "recogniser"])
+    (found,) = json.loads(out.read_text())["metrics"].values()
+    assert set(MODES) <= set(found)
+    assert found["modes"]["low"] <= found["modes"]["value"] <= found["modes"]["high"]
+    assert found["modes"]["value"] == pytest.approx(last["eval/modes"], abs=0.2)
+
+
+@is_there
+@pytest.mark.slow
+def test_two_processes_and_a_resumed_run_are_the_run(tmp_path):
+    flags = ("--std", "group")
+    launch(run_on_shapes(tmp_path / "one", *flags))
+    code, _, error = launch_process(run_on_shapes(tmp_path / "two", *flags), processes=2)
+    assert code == 0, error
+    for row, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+    # As a kill after the first checkpoint leaves it.
+    shutil.rmtree(tmp_path / "two" / "model")
+    shutil.rmtree(tmp_path / "two" / "checkpoint-00002")
+    expected = read_metrics(tmp_path / "two")
+    launch(run_on_shapes(tmp_path / "two", *flags))
+    for row, before in zip(read_metrics(tmp_path / "two"), expected, strict=True):
+        assert row == pytest.approx(before, rel=1e-3, abs=1e-4)
+
+
+@is_there
+@pytest.mark.slow
+def test_checkpoints_of_the_base_are_merged(tmp_path):
+    launch(run_on_shapes(tmp_path / "run", "--snapshot_every", 1, "--lr", "1e-2"))
+    checkpoints = [SHAPES, *sorted((tmp_path / "run" / "snapshots").glob("0000?.safetensors"))]
+    words = ["rl", *map(str, checkpoints), "--out", str(tmp_path / "merged"), "--reward", "fid:1"]
+    words += "--updates 1 --group_size 4 --images 30 --reference 60 --report_images 20".split()
+    code, out, error = launch_process(
+        [*words, "--steps", "2", "--device", "cpu"], script="merge.py"
+    )
+    assert code == 0, error
+    assert len(re.findall(r"\| RL", out)) == 1
+
+
+@is_there
+@pytest.mark.slow
+def test_the_build_command_makes_a_base_that_trains(tmp_path):
+    base = tmp_path / "base"
+    size = "--scenes 300 --vae_steps 3 --steps 3 --batch 16 --reader_steps 3 --recogniser_steps 3"
+    argv = ["--out", str(base), *size.split(" ")]
+    code, out, error = launch_process(argv, script="experiments/build_shapes.py")
+    assert code == 0 and "built in" in out, error
+    assert files_in(base) == files_in(SHAPES)
+    argv = ["--out", str(base), "--report", "--pictures", "40"]
+    code, out, error = launch_process(argv, script="experiments/build_shapes.py")
+    assert code == 0, error
+    assert len(re.findall(r"modes_cell \d", out)) == 4
+    launch(small(base, tmp_path / "run", "--eval_images", 20, "--iterations", 1))
+    assert read_metrics(tmp_path / "run")[-1]["iteration"] == 1
