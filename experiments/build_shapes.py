@@ -13,6 +13,7 @@ What the two builds share is in build_tiny.py. Left out: resuming (it takes less
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -384,7 +385,7 @@ def build_recogniser(args, out, test, truth):
         return as_images(pictures[rows]), numbers[rows]
 
     model = train_recogniser(draw, ATTRIBUTES, shapes.SIDE, 8, args.recogniser_steps, args.seed)
-    model.save_pretrained(out / "recogniser")
+    copy.deepcopy(model).half().save_pretrained(out / "recogniser")
     print_accuracy("recogniser", lambda x: model(pixel_values=x * 2 - 1).logits, test, truth)
 
 

@@ -334,7 +334,7 @@ def build_recogniser(args, out):
         return x.expand(-1, 3, -1, -1), labels[rows][:, None]
 
     model = train_recogniser(draw, attributes, 28, 7, args.recogniser_steps, 100 * args.seed + 3)
-    model.save_pretrained(out / "recogniser")
+    copy.deepcopy(model).half().save_pretrained(out / "recogniser")
     test, test_labels = load_split(args.data, "t10k")
     answers = []
     with torch.inference_mode():

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import transformers
-from reward_helpers import edit_json, rand, refused
+from reward_helpers import TINY, edit_json, rand, refused
 
+import bases
 import rewards
+from commands import picture_sets
+from prompting import read_prompts
 from rewards import recogniser
 from rewards.classifier import FLOOR
 
@@ -77,3 +80,16 @@ def test_weights_of_another_network_are_refused(tmp_path):
     refused(lambda: recogniser.Recogniser(folder), folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
     refused(lambda: recogniser.Recogniser(folder), folder)
+
+
+def test_the_recogniser_of_the_embedded_base_knows_what_it_draws():
+    """Another network finds what the classifier finds in the base's own pictures."""
+    model = bases.load(TINY)
+    prompts = read_prompts(TINY / "eval_prompts.jsonl")
+    images = picture_sets.generate(model, prompts, 4, 10, 1.0, seed=1, batch=40)
+    metadata = [prompt.metadata for prompt in prompts for _ in range(4)]
+    found = rewards.Reward("recogniser,class", TINY)(images, [""] * 40, metadata)
+    for values in found.values():
+        assert values.exp().mean() > 0.6
+        assert values.min() >= FLOOR
+    assert not torch.allclose(found["recogniser"], found["class"], atol=0.05)
