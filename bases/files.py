@@ -99,6 +99,7 @@ BESIDE = (
     "classes.txt",
     "reward",
     "evaluator",
+    "recogniser",
     "prompts.jsonl",
     "eval_prompts.jsonl",
 )
