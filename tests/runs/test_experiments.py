@@ -179,7 +179,7 @@ def data(tmp_path):
 def test_the_build_command_makes_a_base_that_trains(data, tmp_path):
     base = tmp_path / "base"
     argv = ["--data", str(data), "--out", str(base), "--pictures", "20"]
-    size = ["--steps", "3", "--classifier_epochs", "1"]
+    size = ["--steps", "3", "--classifier_epochs", "1", "--recogniser_steps", "3"]
     code, out, error = launch_process([*argv, *size], script="experiments/build_tiny.py")
     assert code == 0 and "built in" in out, error
     assert files_in(base) == files_in(TINY)
