@@ -22,6 +22,7 @@ import price_benchmark
 import pytest
 import results
 import speed
+import tilted
 import torch
 from conftest import ROOT, launch, launch_process, read_metrics
 from safetensors import safe_open
@@ -52,6 +53,7 @@ SCRIPTS = [
     price_benchmark,
     results,
     speed,
+    tilted,
 ]
 
 
