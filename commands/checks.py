@@ -804,8 +804,10 @@ def check_score(args, default):
         args = dataclasses.replace(args, features="pixels")
 
     has_prompts = all(pictures.prompts for pictures in sets)
-    known = [check_classifier(path)["attributes"] for path in classifiers_of(folder)]
-    has_labels = has_prompts and any(names_any(sets[0].prompts, names) for names in known)
+    has_labels = has_prompts and any(
+        names_any(sets[0].prompts, check_classifier(path)["attributes"])
+        for path in classifiers_of(folder)
+    )
     need(
         has_prompts or not args.reward,
         f"--reward {args.reward}: needs to know what was asked for; give --prompts",

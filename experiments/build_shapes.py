@@ -14,7 +14,6 @@ What the two builds share is in build_tiny.py. Left out: resuming (it takes less
 
 import argparse
 import copy
-import json
 import sys
 import time
 from pathlib import Path
@@ -30,13 +29,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import shapes  # noqa: E402
 from build_tiny import (  # noqa: E402
     MODEL_INDEX,
+    CaptionedPictures,
     build_tokenizer,
     learning_rate,
     new_generator,
-    tokenize,
     train_generator,
     train_recogniser,
     write_json,
+    write_rows,
 )
 
 import bases  # noqa: E402
@@ -140,8 +140,7 @@ def write_prompts(folder):
     """prompts.jsonl, and eval_prompts.jsonl: other things, phrased in another way."""
     for name, named, style in (("prompts", TRAIN_NAMED, 0), ("eval_prompts", EVAL_NAMED, 1)):
         rows = [{"prompt": shapes.phrase(facts, style=style)} | facts for facts in named]
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_rows(folder / f"{name}.jsonl", rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,31 +159,13 @@ def as_images(pictures):
     return pictures.float() / 255
 
 
-class CaptionedLatents:
-    """Latents of scenes, and the tokens of captions that are true of them."""
-
-    def __init__(self, latents, facts, tokenizer, seed):
-        self.rng = np.random.default_rng(seed)
-        self.latents = latents
-        self.facts = facts
-        self.tokenizer = tokenizer
-        self.tokens = {}  # of the captions so far
-
-    def draw(self, count):
-        """-> latents [count, 4, 16, 16], tokens [count, TOKENS].
-
-        A tenth of the captions is empty, for guidance.
-        """
-        picked = self.rng.integers(len(self.latents), size=count)
-        tokens = []
-        for i in picked:
-            text = ""
-            if self.rng.random() >= 0.1:
-                text = shapes.caption(self.rng, self.facts[i])
-            if text not in self.tokens:
-                self.tokens[text] = tokenize(self.tokenizer, [text])[0]
-            tokens.append(self.tokens[text])
-        return self.latents[picked], torch.stack(tokens)
+def scenes_of(wanted, each, seed=TEST_SEED):
+    """Scenes that have what is named: P of {attribute: value} -> float [P each, 3, 32, 32]."""
+    pictures = []
+    for number in range(each * len(wanted)):
+        scene = shapes.new_scene(seed, number, named=wanted[number // each])
+        pictures.append(shapes.draw(scene))
+    return as_images(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,11 +266,8 @@ def save_reader(folder, model, pictures):
     features = torch.cat([model.features(as_images(part)) for part in pictures.split(1000)])
     values = classifier.read_values(model.head(features), ATTRIBUTES)  # [n, A]
 
-    distances = []
-    for named in EVAL_NAMED:
-        asked = classifier.value_numbers([named], ATTRIBUTES)
-        fits = ((values == asked) | (asked == classifier.OPEN)).all(1)
-        distances.append(mean_distance(features[fits][:500]))
+    fitting = scenes_of(EVAL_NAMED, 200)
+    distances = [mean_distance(model.features(part)) for part in fitting.split(200)]
     scale = np.mean(distances) / 2
 
     halves = {"real": slice(None), "real-1": slice(0, None, 2), "real-2": slice(1, None, 2)}
@@ -333,7 +311,7 @@ def report(folder, pictures):
         print(f"{name}: {', '.join(words)}")
         print(f"    {read_by_program(images, prompts, judge.network)}", flush=True)
 
-    print_scores("scenes", scenes_of(prompts, each))
+    print_scores("scenes", scenes_of(EVAL_NAMED, each))
     model = bases.load(folder)
     for guidance in (1.0, 1.5, 2.0):
         images = picture_sets.generate(model, prompts, each, 20, guidance, seed=0, batch=500)
@@ -362,17 +340,6 @@ def read_by_program(images, prompts, evaluator):
         f"a program reads {clean / len(images):.3f} of them, finds {right / max(clean, 1):.3f} "
         f"right, and agrees with the evaluator: {', '.join(words)}"
     )
-
-
-def scenes_of(prompts, each, seed=TEST_SEED):
-    """Scenes that fit each prompt -> float [P each, 3, 32, 32] in [0, 1]."""
-    images = []
-    for number, prompt in enumerate(prompts):
-        named = {name: prompt.metadata[name] for name in ATTRIBUTES if name in prompt.metadata}
-        scenes = (shapes.new_scene(seed, number * each + i, named=named) for i in range(each))
-        drawn = np.stack([shapes.draw(scene) for scene in scenes])
-        images.append(as_images(torch.from_numpy(drawn).permute(0, 3, 1, 2)))
-    return torch.cat(images)
 
 
 def build_recogniser(args, out, test, truth):
@@ -410,7 +377,7 @@ def build(args, out):
     latents = encode(vae, pictures)
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     torch.manual_seed(args.seed)
-    data = CaptionedLatents(latents, facts, tokenizer, args.seed)
+    data = CaptionedPictures(latents, facts, shapes.caption, tokenizer, args.seed)
     model = new_generator(tokenizer, TRANSFORMER)
     average, _ = train_generator(model, data, args.steps, batch=args.batch)
     save_generator(out, average, vae)

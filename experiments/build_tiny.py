@@ -162,8 +162,12 @@ def noun_phrase(words):
     return " ".join(["a", *words])
 
 
-def caption(rng, label, shade, width):
-    """One true sentence about a picture; it leaves shade and width out more often than not."""
+def caption(rng, facts):
+    """One true sentence about a picture; it leaves shade and width out more often than not.
+
+    facts: its label, shade and width.
+    """
+    label, shade, width = facts
     words = []
     if rng.random() < 0.4:
         words.append(SHADES[shade])
@@ -323,51 +327,35 @@ def train_recogniser(draw, attributes, size, patch, steps, seed, batch=128, peak
     return model.eval()
 
 
-def build_recogniser(args, out):
-    """Writes out/recogniser and says how good it is."""
-    images, labels = load_split(args.data, "train")
-    attributes = label_of(10)
-
-    def draw(count):
-        rows = torch.randint(len(images), (count,))
-        x = images[rows].roll(torch.randint(-1, 2, (2,)).tolist(), (2, 3))
-        return x.expand(-1, 3, -1, -1), labels[rows][:, None]
-
-    model = train_recogniser(draw, attributes, 28, 7, args.recogniser_steps, 100 * args.seed + 3)
-    copy.deepcopy(model).half().save_pretrained(out / "recogniser")
-    test, test_labels = load_split(args.data, "t10k")
-    answers = []
-    with torch.inference_mode():
-        for part in test.expand(-1, 3, -1, -1).split(1000):
-            answers.append(model(pixel_values=part * 2 - 1).logits.argmax(1))
-    accuracy = (torch.cat(answers) == test_labels).float().mean()
-    print(f"recogniser: accuracy on the 10,000 test pictures {accuracy:.4f}")
-
-
 class CaptionedPictures:
-    """Pictures in [-1, 1], and the tokens of captions that are true of them."""
+    """Pictures as the network sees them [n, C, H, W], and the tokens of captions true of them.
 
-    def __init__(self, images, labels, tokenizer, seed):
+    caption(random, facts) -> a sentence; facts: those of each picture.
+    """
+
+    def __init__(self, pictures, facts, caption, tokenizer, seed):
         self.rng = np.random.default_rng(seed)
-        self.images = images * 2 - 1
-        shades, widths = attributes(images, labels)
-        self.facts = list(zip(labels.tolist(), shades.tolist(), widths.tolist()))
-        captions = [*all_captions(), ""]
-        self.tokens = dict(zip(captions, tokenize(tokenizer, captions)))
+        self.pictures = pictures
+        self.facts = facts
+        self.caption = caption
+        self.tokenizer = tokenizer
+        self.tokens = {}  # {caption: tokens [T]}, of those so far
 
     def draw(self, count):
-        """-> pictures [count, 1, 28, 28], tokens [count, TOKENS].
+        """-> pictures [count, C, H, W], tokens [count, T].
 
         A tenth of the captions is empty, for guidance.
         """
-        picked = self.rng.integers(len(self.images), size=count)
+        picked = self.rng.integers(len(self.pictures), size=count)
         tokens = []
         for i in picked:
             text = ""
             if self.rng.random() >= 0.1:
-                text = caption(self.rng, *self.facts[i])
+                text = self.caption(self.rng, self.facts[i])
+            if text not in self.tokens:
+                self.tokens[text] = tokenize(self.tokenizer, [text])[0]
             tokens.append(self.tokens[text])
-        return self.images[picked], torch.stack(tokens)
+        return self.pictures[picked], torch.stack(tokens)
 
 
 def flow_matching_loss(model, x0, tokens, precision):
@@ -473,6 +461,12 @@ def save_generator(folder, model):
     write_json(folder / "model_index.json", MODEL_INDEX, indent=2)
 
 
+def write_rows(path, rows):
+    """One JSON object a line."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def write_prompts(folder):
     """prompts.jsonl: three prompts a class. eval_prompts.jsonl: one, phrased as none of these."""
     prompts = []
@@ -521,6 +515,27 @@ def report(folders, judge, test, test_labels, pictures):
             print_scores(f"{folder}, guidance {guidance}", images)
 
 
+def build_recogniser(args, out):
+    """Writes out/recogniser and says how good it is."""
+    images, labels = load_split(args.data, "train")
+    attributes = label_of(10)
+
+    def draw(count):
+        rows = torch.randint(len(images), (count,))
+        x = images[rows].roll(torch.randint(-1, 2, (2,)).tolist(), (2, 3))
+        return x.expand(-1, 3, -1, -1), labels[rows][:, None]
+
+    model = train_recogniser(draw, attributes, 28, 7, args.recogniser_steps, 100 * args.seed + 3)
+    copy.deepcopy(model).half().save_pretrained(out / "recogniser")
+    test, test_labels = load_split(args.data, "t10k")
+    answers = []
+    with torch.inference_mode():
+        for part in test.expand(-1, 3, -1, -1).split(1000):
+            answers.append(model(pixel_values=part * 2 - 1).logits.argmax(1))
+    accuracy = (torch.cat(answers) == test_labels).float().mean()
+    print(f"recogniser: accuracy on the 10,000 test pictures {accuracy:.4f}")
+
+
 def build(args, out):
     """Builds everything and says how good the classifiers are."""
     images, labels = load_split(args.data, "train")
@@ -530,7 +545,9 @@ def build(args, out):
     write_prompts(out)
     tokenizer = build_tokenizer(out, all_captions())
     torch.manual_seed(args.seed)
-    data = CaptionedPictures(images, labels, tokenizer, args.seed)
+    shades, widths = attributes(images, labels)
+    facts = list(zip(labels.tolist(), shades.tolist(), widths.tolist()))
+    data = CaptionedPictures(images * 2 - 1, facts, caption, tokenizer, args.seed)
     model = new_generator(tokenizer, TRANSFORMER)
     average, snapshot = train_generator(model, data, args.steps, early=300)
     save_generator(out, average)

@@ -146,7 +146,8 @@ HOLES = {"ring": ellipse(0.58)}
 
 def cover(shape, centre, radius, turn, stretch):
     """How much of each pixel the object covers: float [SIDE, SIDE] in [0, 1]."""
-    cos, sin = math.cos(turn), math.sin(turn)
+    cos = math.cos(turn)
+    sin = math.sin(turn)
     turning = np.array([[cos, sin], [-sin, cos]])
     stretching = np.array([math.sqrt(stretch), 1 / math.sqrt(stretch)])
     mask = Image.new("L", (SIDE * FINE, SIDE * FINE))

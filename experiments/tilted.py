@@ -70,9 +70,8 @@ def tilted_rows(args, judge, prompts, pool, rewards):
         chosen = tilt(rewards, n, beta, generator)  # [P, n]
         images = torch.cat([pictures[row] for pictures, row in zip(pool, chosen)])
         scores = evaluation.score(images, prompts, judge.network, judge.real)
-        row = {"iteration": number, "beta": beta, "reward": rewards.gather(1, chosen).mean().item()}
-        if number == 0:
-            row["beta"] = None
+        reward = rewards.gather(1, chosen).mean().item()
+        row = {"iteration": number, "beta": beta if number else None, "reward": reward}
         rows.append(row | {f"eval/{name}": value for name, value in scores.items()})
     return rows
 

@@ -227,7 +227,7 @@ def test_captions_are_true_of_their_pictures():
     rng = np.random.default_rng(0)
     used = set()
     for _ in range(300):
-        words = set(build_tiny.caption(rng, label=4, shade=0, width=2).split())
+        words = set(build_tiny.caption(rng, (4, 0, 2)).split())
         assert not {"grey", "light", "narrow"} & words
         assert {"coat", "jacket"} & words
         used |= words
@@ -271,9 +271,45 @@ def write_finished_run(folder, alignment_gain, diversity):
 def home(tmp_path, monkeypatch):
     """The folder that the scripts take for the project's; its docs/ gets the figures."""
     (tmp_path / "docs").mkdir()
-    for script in (evidence, distribution, merging):
+    for script in (evidence, distribution, merging, collapse):
         monkeypatch.setattr(script, "ROOT", tmp_path)
     return tmp_path
+
+
+def write_run_that_loses(folder, lost):
+    """A run folder with evaluations at iterations 0 to 60; lost {attribute: share at the end}."""
+    (folder / "model").mkdir(parents=True)
+    lines = []
+    for iteration in range(0, 61, 10):
+        row = {"iteration": iteration, "eval/accuracy": 0.9, "eval/vendi": 9.0, "eval/fid": 2.0}
+        for name in collapse.NAMES:
+            end = lost.get(name.removeprefix("modes_"), 1.0)
+            row[f"eval/{name}"] = 1 + (end - 1) * iteration / 60
+        lines.append(json.dumps(row))
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+
+
+def test_the_collapse_reports_which_attribute_is_lost_and_when(home, call, capsys):
+    for seed in range(2):
+        lost = {"size": 0.3, "cell": 0.84 + 0.2 * seed}
+        write_run_that_loses(home / "runs" / f"taste-plain GRPO-{seed}", lost)
+        write_run_that_loses(home / "runs" / f"class-DRIFT, the default-{seed}", {})
+    call(collapse, "--report", "--out", "runs", "--seeds", "3")
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    names = [cell.strip() for cell in head.split("|")]
+    found = {}
+    for row in rows:
+        if row.startswith("|"):
+            cells = [cell.strip() for cell in row.split("|")]
+            found[cells[1]] = dict(zip(names, cells))
+    assert list(found) == ["base model", "class, DRIFT, the default", "taste, plain GRPO"]
+    assert found["taste, plain GRPO"]["modes_size"] == "0.300 +- 0.000"
+    assert found["taste, plain GRPO"]["modes_cell"] == "0.940 +- 0.100"
+    assert found["base model"]["modes_size"] == "1.000 +- 0.000"
+    # Of the sizes a tenth is gone at 10; of the cells at 40 in one seed, and never in the other.
+    assert rows[-1] == "taste, plain GRPO: size 10, cell 40"
+    assert rows[-2] == "class, DRIFT, the default: none"
+    assert (home / "docs" / "collapse.png").is_file()
 
 
 @pytest.mark.slow
