@@ -269,7 +269,7 @@ def picture_files(folder):
             paths.append(path)
         elif suffix in others:
             unread.append(path)
-    if hidden or unread:
+    if hidden or (unread and paths):  # without a picture the refusal names the formats
         formats = ", ".join(sorted({path.suffix for path in unread}))
         kinds = f"{hidden} hidden pictures and {len(unread)} of other formats"
         read = ", ".join(sorted(PICTURES))
