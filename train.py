@@ -174,6 +174,8 @@ class Args:
     """iterations between snapshots of the weights and two averages, for merge.py (0: none)"""
     keep_snapshots: int = 6
     """how many of the newest snapshots stay"""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """also send metrics and grids there, with each checkpoint"""
     batch: int = 160
     """rollouts in one forward of a process; this and the flags down to --offload: memory only"""
     train_batch: int = 0

@@ -48,7 +48,7 @@ from rewards.classifier import check_classifier
 from rewards.features import ANYWHERE, TINY, check_features, seen_side
 from rewards.targets import KINDS, check_judge, check_real, check_target, target_path
 from sampling import VP
-from support import compiling, files
+from support import compiling, files, trackers
 from support.averages import sweep
 from support.guards import warn
 
@@ -126,7 +126,7 @@ EVAL_LIMITS = {
     "resamples": (10, math.inf),
 }
 
-FREE = ("out", "dry_run", "check")  # flags that no number of a run depends on
+FREE = ("out", "dry_run", "check", "tracker")  # flags that no number of a run depends on
 
 # Where a flag has this value, the flags on the right change nothing, so none of them may be given.
 IDLE = (
@@ -350,6 +350,7 @@ def check(args, default):
     check_shard(args, process_count())
     check_out(args.out, args.model)
     files.open_run(args.out, vars(args), FREE)
+    trackers.check(args.tracker, args.out)
     say_cut_prompts(args.model, args.reward, prompts, eval_prompts)
     return args, prompts, eval_prompts
 

@@ -20,7 +20,7 @@ from rewards.classifier import check_classifier
 from rewards.features import TINY, load_features
 from rewards.targets import ReferenceSet, open_reference_set
 from sampling import Policy
-from support import compiling, files, flags, guards, processes
+from support import compiling, files, flags, guards, processes, trackers
 from support.averages import Averages
 from support.sharding import shard
 
@@ -193,6 +193,9 @@ class Run:
     def open_log(self):
         """Begins metrics.jsonl, or cuts it to the lines that belong to the checkpoint."""
         self.metrics = files.Log(self.out, vars(self.args), self.logged_lines)
+        self.tracker = None
+        if self.args.tracker != "none" and processes.rank() == 0:
+            self.tracker = trackers.Tracker(self.args.tracker, self.out, vars(self.args))
 
     def steps(self):
         """The steps that are left, with a progress bar."""
@@ -262,6 +265,10 @@ class Run:
             self.metrics.lines,
             self.args.keep_checkpoints,
         )
+        if self.tracker:
+            self.tracker.send()
+            if stop or iteration == self.args.iterations:
+                self.tracker.close()
 
     def save_final_model(self):
         """model/, and lora/ if a LoRA was trained."""

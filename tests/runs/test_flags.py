@@ -90,6 +90,7 @@ FLAGS = {
     "keep_checkpoints": (2, 1, OUTPUT, ""),
     "snapshot_every": (0, 1, OUTPUT, ""),
     "keep_snapshots": (2, 1, OUTPUT, "--snapshot_every 1"),
+    "tracker": ("none", "tensorboard", OUTPUT, ""),
     "batch": (160, 5, ROUNDING, ""),
     "train_batch": (0, 4, MEMORY, ""),
     "decode_batch": (8, 3, MEMORY, ""),
