@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import dist_reward
 import eval as evaluation
 from bases.lora import lora_off
+from commands import report
 from commands.checks import check, plan
 from commands.model_checks import check_generator
 from commands.training import Run, open_setup
@@ -595,7 +596,7 @@ def main(argv=None):
     if processes.rank() == 0:
         if is_complete:
             print(f"{args.out}: already complete")
-        print(files.before_and_after(args.out))
+        print(report.table(args.out))
     processes.finish()
 
 

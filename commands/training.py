@@ -15,6 +15,7 @@ import bases
 from bases.generator import Generator
 from bases.lora import add_lora, export
 from bases.tensors import base_facts, save_snapshots
+from commands import report
 from rewards import DISTRIBUTION, Reward, parse, readers
 from rewards.classifier import check_classifier
 from rewards.features import TINY, load_features
@@ -174,6 +175,7 @@ class Run:
         self.setup = setup
         self.device = device
         self.out = Path(args.out)
+        self.evaluated = {}  # {name: text} of the last evaluation, for the bar
         self.constant = {}  # {statistic: for how many iterations it was the same in each group}
         self.tensors = setup.trained | setup.averages.state()
         if setup.reference_set:
@@ -213,14 +215,30 @@ class Run:
         return every > 0 and (iteration % every == 0 or iteration == self.args.iterations)
 
     def log(self, iteration, metrics):
-        """Writes a line of metrics.jsonl, and shows the main numbers beside the bar."""
+        """Writes a line of metrics.jsonl, shows the main numbers beside the bar, renews the report.
+
+        Of alignment and diversity the bar shows the last evaluation.
+        """
+        self.metrics.write({"iteration": iteration} | metrics)
+        for name in ("accuracy", "vendi"):
+            if f"eval/{name}" in metrics:
+                self.evaluated[name] = f"{metrics[f'eval/{name}']:.3f}"
         if iteration:
             self.bar.set_postfix(
-                reward=f"{metrics['reward']:.3f}",
-                diversity=f"{metrics['diversity']:.3f}",
-                ratio_error=f"{metrics['ratio_error']:.0e}",
+                {"reward": f"{metrics['reward']:.3f}", "diversity": f"{metrics['diversity']:.3f}"}
+                | self.evaluated
             )
-        self.metrics.write({"iteration": iteration} | metrics)
+        if "eval/vendi" in metrics and processes.rank() == 0:
+            self.report()
+
+    def report(self):
+        """Writes report.png, and says once if the pictures become alike."""
+        report.draw(self.out)
+        if report.is_collapsing(self.out):
+            guards.warn(
+                "the diversity is below half of the base's while the reward rises: a collapse has "
+                "begun; what helps: --diversity 0.5, --kl 0.1, --reward class:1,fid:0.3"
+            )
 
     def watch(self, groups):
         """Says, once each, what has been the same within every group for ten iterations."""

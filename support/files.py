@@ -253,27 +253,6 @@ class Log:
         self.lines += 1
 
 
-def before_and_after(out):
-    """The table that ends a run: the first and the last evaluation in metrics.jsonl."""
-    rows = []
-    for line in (Path(out) / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if "eval/vendi" in row:
-            rows.append(row)
-    first = rows[0]
-    last = rows[-1]
-
-    lines = [f"{'':12}{'before':>10}{'after':>10}"]
-    for name in first:
-        if name.startswith("eval/"):
-            short = name.removeprefix("eval/")
-            lines.append(f"{short:12}{first[name]:10.3f}{last[name]:10.3f}")
-    lines.append(
-        f"{out}: {last['iteration']} iterations; pictures in grids/, the tuned model in model/"
-    )
-    return "\n".join(lines)
-
-
 def stopped(out, signal):
     """The line that says where a run resumes that a signal has stopped; of the first process."""
     if rank() > 0:  # the first may still be removing old checkpoints, so no other looks

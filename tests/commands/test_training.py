@@ -281,7 +281,9 @@ def test_the_bar_shows_the_main_numbers(tmp_path):
     run.open_log()
     bar = run.steps()
     take_step(run, 1, reward=0.25)
-    assert "reward=0.250" in bar.postfix and "ratio_error=0e+00" in bar.postfix
+    assert "reward=0.250" in bar.postfix and "vendi" not in bar.postfix
+    run.log(2, {"reward": 0.5, "diversity": 0.0, "eval/accuracy": 0.75, "eval/vendi": 3.0})
+    assert bar.postfix == "reward=0.500, diversity=0.000, accuracy=0.750, vendi=3.000"
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_the_table_at_the_end_shows_before_and_after(tiny, tmp_path, capfd):
     start = [line.split() for line in lines].index(["before", "after"])
     shown = {}
     for line in lines[start + 1 : start + 6]:
-        name, before, after = line.split()
+        name, before, after, *_ = line.split()
         shown["eval/" + name] = (float(before), float(after))
     assert shown.keys() == EVALUATED
     for name, values in shown.items():

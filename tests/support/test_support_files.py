@@ -306,18 +306,6 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     assert log.lines == 0 and names(tmp_path) == []
 
 
-def test_the_last_table_shows_the_first_and_the_last_evaluation(tmp_path):
-    log = files.Log(tmp_path, CONFIG, 0)
-    log.write({"iteration": 0, "eval/vendi": 3.0, "eval/fid": 20.0})
-    log.write({"iteration": 1, "reward": 0.5})
-    log.write({"iteration": 2, "reward": 0.6, "eval/vendi": 2.5, "eval/fid": 10.25})
-    head, vendi, fid, end = files.before_and_after(tmp_path).splitlines()
-    assert head.split() == ["before", "after"]
-    assert vendi.split() == ["vendi", "3.000", "2.500"]
-    assert fid.split() == ["fid", "20.000", "10.250"]
-    assert end.startswith(f"{tmp_path}: 2 iterations")
-
-
 # --------------------------------------------------------------------------------------------------
 # Checkpoints.
 
