@@ -3,8 +3,8 @@
     python experiments/build_shapes.py              # nothing is downloaded: scenes are drawn
     python experiments/build_shapes.py --report     # the quality of what was built
 
-It learns the scenes of shapes.py (32 x 32, one object, five attributes) from drawings of them:
-    vae/                                an autoencoder: latents [4, 16, 16]
+It learns the scenes of shapes.py (36 x 36, one object, five attributes) from drawings of them:
+    vae/                                an autoencoder: latents [8, 9, 9]
     transformer/ text_encoder/ tokenizer/ scheduler/    a rectified flow in latents with captions
     reward/ evaluator/                  two networks that read all attributes, trained apart
     recogniser/                         a third, of another kind, as a reward
@@ -14,6 +14,7 @@ What the two builds share is in build_tiny.py. Left out: resuming (it takes less
 
 import argparse
 import copy
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -51,38 +52,43 @@ from support.files import to_uint8  # noqa: E402
 ATTRIBUTES = shapes.ATTRIBUTES
 TOKENS = 12  # the longest caption, start and end marks included
 
-# The autoencoder, 0.1 M parameters: 2 x 2 pixels in colour are 4 numbers.
+# The autoencoder, 0.2 M parameters: 4 x 4 pixels in colour are 8 numbers.
 VAE = {
     "sample_size": shapes.SIDE,
-    "block_out_channels": (16, 16),
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": (16, 24, 32),
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
     "layers_per_block": 1,
-    "latent_channels": 4,
+    "latent_channels": 8,
     "norm_num_groups": 8,
     "mid_block_add_attention": False,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
 
-# The transformer, 2.3 M parameters: 16 patches of 4 x 4 x 4 numbers.
+# The transformer, 2.3 M parameters: 9 patches of 3 x 3 x 8 numbers. A patch is a cell of the world,
+# so that one token draws the object, and the others learn to leave it alone.
 TRANSFORMER = {
-    "sample_size": shapes.SIDE // 2,
-    "patch_size": 4,
-    "in_channels": 4,
-    "out_channels": 4,
+    "sample_size": shapes.SIDE // 4,
+    "patch_size": 3,
+    "in_channels": 8,
+    "out_channels": 8,
     "num_layers": 4,
     "num_attention_heads": 4,
     "attention_head_dim": 32,
     "joint_attention_dim": 64,
     "caption_projection_dim": 128,
     "pooled_projection_dim": 64,
-    "pos_embed_max_size": 4,
+    "pos_embed_max_size": 3,
     "qk_norm": "rms_norm",
 }
 
 # Scenes of each part of the build: the seed of shapes.new_scene, so that nothing is seen twice.
 GENERATOR_SEED, REWARD_SEED, EVALUATOR_SEED, TEST_SEED, RECOGNISER_SEED = 1, 2, 3, 4, 5
+CROWD_SEED = 6
+
+# Place and colour are decided while a picture is nearly noise: there it trains and samples most.
+SHIFT = 3.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,12 +161,12 @@ def pictures_of(seed, count):
 
 
 def as_images(pictures):
-    """uint8 -> float32 in [0, 1]."""
+    """Bytes -> float32 in [0, 1]."""
     return pictures.float() / 255
 
 
 def scenes_of(wanted, each, seed=TEST_SEED):
-    """Scenes that have what is named: P of {attribute: value} -> float [P each, 3, 32, 32]."""
+    """Scenes that have what is named: P of {attribute: value} -> float [P each, 3, SIDE, SIDE]."""
     pictures = []
     for number in range(each * len(wanted)):
         scene = shapes.new_scene(seed, number, named=wanted[number // each])
@@ -182,25 +188,28 @@ def object_weight(x):
     return 1 + 4 * (difference > 0.2)
 
 
-def train_vae(pictures, steps, seed, batch=64, peak_lr=3e-3):
+def train_vae(pictures, crowds, steps, seed, batch=32, peak_lr=3e-3):
     """An autoencoder -> AutoencoderKL in eval mode, whose latents have mean 0 and std 1.
 
-    Its loss is the absolute and the squared error, and a little of the divergence of the latents
-    from noise.
+    Half of a batch are crowds, of nine objects each, from which it learns faster. Its loss is the
+    absolute and the squared error, and a little of the divergence of the latents from noise. It is
+    trained on the device that the pictures are on.
     """
+    device = pictures.device
     torch.manual_seed(seed)
-    vae = AutoencoderKL(**VAE)
+    vae = AutoencoderKL(**VAE).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=peak_lr, betas=(0.9, 0.99))
     bar = tqdm(range(steps), desc="autoencoder", mininterval=5)
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr)
-        rows = torch.randint(len(pictures), (batch,))
-        x = as_images(pictures[rows]) * 2 - 1
+        rows = torch.randint(len(pictures), (batch // 2,), device=device)
+        crowded = torch.randint(len(crowds), (batch // 2,), device=device)
+        x = as_images(torch.cat([pictures[rows], crowds[crowded]])) * 2 - 1
         posterior = vae.encode(x).latent_dist
         error = vae.decode(posterior.sample()).sample - x
         weight = object_weight(x)
         error = ((error.abs() + error**2) * weight).sum() / (3 * weight.sum())
-        loss = error + 4e-8 * posterior.kl().mean()
+        loss = error + 4e-7 * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -217,34 +226,46 @@ def train_vae(pictures, steps, seed, batch=64, peak_lr=3e-3):
 
 @torch.inference_mode()
 def encode(vae, pictures):
-    """uint8 [n, 3, 32, 32] -> the means of their latents [n, 4, 16, 16]."""
+    """Bytes [n, 3, 36, 36] -> the means of their latents [n, 8, 9, 9]."""
     parts = []
     for part in pictures.split(500):
         parts.append(vae.encode(as_images(part) * 2 - 1).latent_dist.mean)
     return torch.cat(parts)
 
 
-def train_reader(width, seed, scenes, steps, batch=128, peak_lr=4e-3):
+def learn_places(transformer):
+    """Makes the vectors that tell the nine patches apart random, and learned.
+
+    The sines and cosines of three columns and three rows hardly differ.
+    """
+    places = torch.randn_like(transformer.pos_embed.pos_embed)
+    del transformer.pos_embed.pos_embed
+    transformer.pos_embed.pos_embed = torch.nn.Parameter(places)
+
+
+def train_reader(width, seed, scenes, steps, device, batch=128, peak_lr=4e-3):
     """A Classifier of all attributes, trained on slightly blurred, slightly noisy scenes."""
     pictures, facts = pictures_of(seed, scenes)
+    pictures = pictures.to(device)
     torch.manual_seed(seed)
-    model = classifier.Classifier(width, ATTRIBUTES, shapes.SIDE, channels=3)
-    numbers = classifier.value_numbers(facts, ATTRIBUTES)
+    model = classifier.Classifier(width, ATTRIBUTES, shapes.SIDE, channels=3).to(device)
+    numbers = classifier.value_numbers(facts, ATTRIBUTES).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.05)
     for step in tqdm(range(steps), desc=f"reader, width {width}", mininterval=5):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr)
-        rows = torch.randint(len(pictures), (batch,))
+        rows = torch.randint(len(pictures), (batch,), device=device)
         x = as_images(pictures[rows])
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        x = torch.lerp(x, blurred, 0.6 * torch.rand(batch, 1, 1, 1))
-        x = x + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn(x.shape)
+        x = torch.lerp(x, blurred, 0.6 * torch.rand(batch, 1, 1, 1, device=device))
+        noise_level = 0.06 * torch.rand(batch, 1, 1, 1, device=device)
+        x = x + noise_level * torch.randn(x.shape, device=device)
         loss = 0
         for logits, asked in zip(classifier.by_attribute(model(x), ATTRIBUTES), numbers[rows].T):
             loss = loss + F.cross_entropy(logits, asked, label_smoothing=0.02)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.eval()
+    return model.cpu().eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,7 +307,7 @@ def save_generator(folder, model, vae):
     model["transformer"].save_pretrained(folder / "transformer")
     model["text_encoder"].save_pretrained(folder / "text_encoder")
     vae.half().save_pretrained(folder / "vae")
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(folder / "scheduler")
     index = MODEL_INDEX | {"vae": ["diffusers", "AutoencoderKL"]}
     write_json(folder / "model_index.json", index, indent=2)
 
@@ -345,13 +366,15 @@ def read_by_program(images, prompts, evaluator):
 def build_recogniser(args, out, test, truth):
     """Writes out/recogniser and says how good it is on the scenes `test`."""
     pictures, facts = pictures_of(RECOGNISER_SEED, args.scenes // 2)
-    numbers = classifier.value_numbers(facts, ATTRIBUTES)
+    pictures = pictures.to(args.device)
+    numbers = classifier.value_numbers(facts, ATTRIBUTES).to(args.device)
 
     def draw(count):
-        rows = torch.randint(len(pictures), (count,))
+        rows = torch.randint(len(pictures), (count,), device=args.device)
         return as_images(pictures[rows]), numbers[rows]
 
-    model = train_recogniser(draw, ATTRIBUTES, shapes.SIDE, 8, args.recogniser_steps, args.seed)
+    steps = args.recogniser_steps
+    model = train_recogniser(draw, ATTRIBUTES, shapes.SIDE, 8, steps, args.seed, device=args.device)
     copy.deepcopy(model).half().save_pretrained(out / "recogniser")
     print_accuracy("recogniser", lambda x: model(pixel_values=x * 2 - 1).logits, test, truth)
 
@@ -365,30 +388,53 @@ def print_accuracy(name, network, test, truth):
     print(f"{name}: accuracy on {len(test):,} fresh scenes: {', '.join(words)}", flush=True)
 
 
-def build(args, out):
-    """Builds everything and says how good the networks are."""
-    start = time.time()
-    out.mkdir(parents=True, exist_ok=True)
-    write_prompts(out)
+def build_generator(args, out):
+    """Trains the autoencoder and then the flow, and writes them."""
     tokenizer = build_tokenizer(out, shapes.all_words(), TOKENS)
     pictures, facts = pictures_of(GENERATOR_SEED, args.scenes)
-
-    vae = train_vae(pictures, args.vae_steps, args.seed)
-    latents = encode(vae, pictures)
+    crowds = [shapes.draw_crowd(CROWD_SEED, number) for number in range(args.scenes // 15)]
+    crowds = torch.from_numpy(np.stack(crowds)).permute(0, 3, 1, 2)
+    vae = train_vae(pictures.to(args.device), crowds.to(args.device), args.vae_steps, args.seed)
+    latents = encode(vae, pictures.to(args.device))
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     torch.manual_seed(args.seed)
     data = CaptionedPictures(latents, facts, shapes.caption, tokenizer, args.seed)
     model = new_generator(tokenizer, TRANSFORMER)
-    average, _ = train_generator(model, data, args.steps, batch=args.batch)
-    save_generator(out, average, vae)
+    learn_places(model["transformer"])
+    model = model.to(args.device)
+    average, _ = train_generator(
+        model, data, args.steps, batch=args.batch, peak_lr=1.5e-3, shift=SHIFT
+    )
+    save_generator(out, average.cpu(), vae.cpu())
 
+
+def build_readers(args, out):
+    """Trains the three networks that read a picture, writes them, and says how good they are."""
+    torch.set_num_threads(max(torch.get_num_threads() // 2, 1))
     test, facts = pictures_of(TEST_SEED, args.scenes // 3)
     truth = classifier.value_numbers(facts, ATTRIBUTES)
     for name, width, seed in (("reward", 24, REWARD_SEED), ("evaluator", 32, EVALUATOR_SEED)):
-        model = train_reader(width, seed, args.scenes // 2, args.reader_steps)
+        model = train_reader(width, seed, args.scenes // 2, args.reader_steps, args.device)
         save_reader(out / name, model, test)
         print_accuracy(name, model, test, truth)
     build_recogniser(args, out, test, truth)
+
+
+def build(args, out):
+    """Builds everything: the readers in a process beside the generator."""
+    start = time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    write_prompts(out)
+    readers = multiprocessing.get_context("spawn").Process(target=build_readers, args=(args, out))
+    readers.start()
+    try:
+        torch.set_num_threads(max(torch.get_num_threads() // 2, 1))
+        build_generator(args, out)
+        readers.join()
+    finally:
+        readers.kill()  # where the generator failed
+    if readers.exitcode:
+        raise SystemExit("the networks that read pictures were not built; see above")
     minutes = (time.time() - start) / 60
     print(f"{out}: built in {minutes:.1f} minutes; --report prints its quality")
 
@@ -403,10 +449,15 @@ def main():
     parser.add_argument("--scenes", type=int, default=60000, help="that the generator learns from")
     parser.add_argument("--vae_steps", type=int, default=2000, help="of the autoencoder")
     parser.add_argument("--steps", type=int, default=6000, help="of the generator")
-    parser.add_argument("--batch", type=int, default=128, help="pictures in one step of it")
+    parser.add_argument("--batch", type=int, default=64, help="pictures in one step of it")
     parser.add_argument("--reader_steps", type=int, default=2500, help="of each classifier")
     parser.add_argument("--recogniser_steps", type=int, default=3000, help="of the recogniser")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where the networks are trained",
+    )
     parser.add_argument(
         "--report", action="store_true", help="build nothing; print the quality of --out"
     )

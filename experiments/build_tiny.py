@@ -294,10 +294,13 @@ def train_classifier(images, labels, width, seed, epochs, batch=256, peak_lr=8e-
     return model.to(memory_format=torch.contiguous_format).eval()
 
 
-def train_recogniser(draw, attributes, size, patch, steps, seed, batch=128, peak_lr=1e-3):
+def train_recogniser(
+    draw, attributes, size, patch, steps, seed, batch=128, peak_lr=1e-3, device="cpu"
+):
     """A vision transformer that reads attributes {name: [values]} -> ViTForImageClassification.
 
-    draw(n) -> pictures [n, 3, size, size] in [0, 1], and the numbers of their values [n, A].
+    draw(n) -> pictures [n, 3, size, size] in [0, 1], and the numbers of their values [n, A], on
+    `device`.
     """
     torch.manual_seed(seed)
     config = ViTConfig(
@@ -310,12 +313,13 @@ def train_recogniser(draw, attributes, size, patch, steps, seed, batch=128, peak
         num_labels=sum(len(values) for values in attributes.values()),
         attributes=attributes,
     )
-    model = ViTForImageClassification(config)
+    model = ViTForImageClassification(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.05)
     for step in tqdm(range(steps), desc="recogniser", mininterval=5):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr)
         images, numbers = draw(batch)
-        x = images + 0.05 * torch.rand(batch, 1, 1, 1) * torch.randn(images.shape)
+        noise_level = 0.05 * torch.rand(batch, 1, 1, 1, device=device)
+        x = images + noise_level * torch.randn(images.shape, device=device)
         logits = model(pixel_values=x * 2 - 1).logits
         loss = 0
         for part, number in zip(by_attribute(logits, attributes), numbers.T):
@@ -324,7 +328,7 @@ def train_recogniser(draw, attributes, size, patch, steps, seed, batch=128, peak
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return model.eval()
+    return model.cpu().eval()
 
 
 class CaptionedPictures:
@@ -355,17 +359,24 @@ class CaptionedPictures:
             if text not in self.tokens:
                 self.tokens[text] = tokenize(self.tokenizer, [text])[0]
             tokens.append(self.tokens[text])
-        return self.pictures[picked], torch.stack(tokens)
+        device = self.pictures.device
+        return self.pictures[picked], torch.stack(tokens).to(device)
 
 
-def flow_matching_loss(model, x0, tokens, precision):
-    """Mean squared error of the velocity at random times, more often in the middle."""
-    noise = torch.randn(x0.shape)
-    is_logit_normal = torch.rand(len(x0)) < 0.8
-    t = torch.where(is_logit_normal, torch.randn(len(x0)).sigmoid(), torch.rand(len(x0)))
+def flow_matching_loss(model, x0, tokens, precision, shift=1.0):
+    """Mean squared error of the velocity at random times, more often in the middle.
+
+    shift: above 1 more often near the noise, as the scheduler's.
+    """
+    device = x0.device
+    noise = torch.randn(x0.shape, device=device)
+    is_logit_normal = torch.rand(len(x0), device=device) < 0.8
+    logit = torch.randn(len(x0), device=device)
+    t = torch.where(is_logit_normal, logit.sigmoid(), torch.rand(len(x0), device=device))
+    t = shift * t / (1 + (shift - 1) * t)
     column = t[:, None, None, None]
     x_t = (1 - column) * x0 + column * noise
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         text = model["text_encoder"](tokens)
         v = model["transformer"](
             hidden_states=x_t,
@@ -392,7 +403,7 @@ def update_average(average, model, step):
         mean.lerp_(parameter, share)
 
 
-def train_generator(model, data, steps, early=math.inf, batch=256, peak_lr=2e-3):
+def train_generator(model, data, steps, early=math.inf, batch=256, peak_lr=2e-3, shift=1.0):
     """Flow matching -> the averaged weights, and those after `early` seconds (None: not reached).
 
     data.draw(n) -> x_0 [n, C, H, W], tokens [n, T]. Both are a ModuleDict in eval mode.
@@ -409,7 +420,7 @@ def train_generator(model, data, steps, early=math.inf, batch=256, peak_lr=2e-3)
         lr = learning_rate(step, steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = flow_matching_loss(model, *data.draw(batch), precision)
+        loss = flow_matching_loss(model, *data.draw(batch), precision, shift)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

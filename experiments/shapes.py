@@ -1,6 +1,6 @@
 """A world of simple scenes, in which all that a caption leaves open can be counted.
 
-A scene is one object on a background, 32 x 32 in colour. It has five attributes, each drawn evenly
+A scene is one object on a background, 36 x 36 in colour. It has five attributes, each drawn evenly
 and apart from the others:
     shape, colour, size, cell (the ninth of the picture that its centre is in), background
 and small irregularities: the place in its cell, radius, turn, proportions, shades. A caption names
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIDE = 32
+SIDE = 36
 FINE = 8  # a shape is drawn this many times as large and then shrunk: its edges are soft
 
 COLOURS = {
@@ -29,13 +29,13 @@ COLOURS = {
     "pink": (250, 150, 195),
 }
 BACKGROUNDS = {
-    "white": (238, 238, 238),
+    "white": (226, 226, 226),
     "grey": (150, 150, 150),
     "black": (28, 28, 28),
     "navy": (28, 38, 92),
 }
-RADII = {"small": 3.2, "medium": 4.6, "large": 5.9}  # in pixels
-CENTRES = (8.0, 16.0, 24.0)  # of the three columns, and of the three rows
+RADII = {"small": 3.7, "medium": 4.7, "large": 5.6}  # in pixels
+CENTRES = (6.0, 18.0, 30.0)  # of the three columns, and of the three rows
 CELLS = {
     "top left": (0, 0),
     "top": (1, 0),
@@ -72,7 +72,8 @@ class Scene:
     stretch: float  # width over height
     colour: tuple  # of the object
     background: tuple
-    slope: tuple  # how much brighter the background is at the right, and at the bottom
+    slope: tuple  # how much brighter the background is at the right, and at the bottom: light
+    # falls from the top left, so that no two places look the same
 
 
 def new_scene(seed, number, named=None, cells=None):
@@ -88,17 +89,17 @@ def new_scene(seed, number, named=None, cells=None):
         facts[name] = values[random.integers(len(values))]
     facts |= named or {}
     column, row = CELLS[facts["cell"]]
-    x, y = random.uniform(-1.5, 1.5, 2)
+    x, y = random.uniform(-0.7, 0.7, 2)
     shade = random.uniform(-8, 8)
     return Scene(
         facts=facts,
         centre=(CENTRES[column] + x, CENTRES[row] + y),
-        radius=RADII[facts["size"]] + random.uniform(-0.3, 0.3),
+        radius=RADII[facts["size"]] + random.uniform(-0.2, 0.2),
         turn=random.uniform(-0.35, 0.35),
         stretch=random.uniform(0.93, 1.07),
         colour=tuple(np.add(COLOURS[facts["colour"]], random.uniform(-12, 12, 3))),
         background=tuple(np.add(BACKGROUNDS[facts["background"]], shade)),
-        slope=tuple(random.uniform(-12, 12, 2)),
+        slope=tuple(random.uniform(-30, -14, 2)),
     )
 
 
@@ -109,7 +110,7 @@ def ellipse(radius, points=60):
 
 def star_points():
     angles = np.arange(10) * math.pi / 5 - math.pi / 2
-    radii = np.where(np.arange(10) % 2 == 0, 1.25, 0.5)
+    radii = np.where(np.arange(10) % 2 == 0, 1.2, 0.5)
     return radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
@@ -160,16 +161,28 @@ def cover(shape, centre, radius, turn, stretch):
     return np.asarray(small, np.float32) / 255
 
 
-def draw(scene):
-    """A Scene -> uint8 [SIDE, SIDE, 3]."""
+def draw(scene, picture=None):
+    """A Scene -> uint8 [SIDE, SIDE, 3]. picture: one to draw the object on, if not its own."""
     covered = cover(scene.facts["shape"], scene.centre, scene.radius, scene.turn, scene.stretch)[
         :, :, None
     ]
-    along = np.linspace(-0.5, 0.5, SIDE)
-    brighter = along[None, :] * scene.slope[0] + along[:, None] * scene.slope[1]
-    background = np.array(scene.background) + brighter[:, :, None]
-    picture = covered * np.array(scene.colour) + (1 - covered) * background
-    return picture.clip(0, 255).round().astype(np.uint8)
+    background = picture
+    if picture is None:
+        along = np.linspace(-0.5, 0.5, SIDE)
+        brighter = along[None, :] * scene.slope[0] + along[:, None] * scene.slope[1]
+        background = np.array(scene.background) + brighter[:, :, None]
+    drawn = covered * np.array(scene.colour) + (1 - covered) * background
+    return drawn.clip(0, 255).round().astype(np.uint8)
+
+
+def draw_crowd(seed, number):
+    """An object in each of the nine cells, on one background -> uint8 [SIDE, SIDE, 3]."""
+    first = 9 * number
+    picture = None
+    for place, cell in enumerate(CELLS):
+        scene = new_scene(seed, first + place, named={"cell": cell})
+        picture = draw(scene, picture)
+    return picture
 
 
 def draw_many(seed, numbers):
@@ -256,23 +269,42 @@ def nearest(palette, colour):
     return min(distances, key=distances.get)
 
 
+def background_of(pixels):
+    """Pixels [SIDE, SIDE, 3] -> a plane through those of the border, [SIDE, SIDE, 3].
+
+    It is fitted twice: the second time without what the object covers.
+    """
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    terms = np.stack([np.ones((SIDE, SIDE)), rows, columns], 2)  # [SIDE, SIDE, 3]
+    is_border = np.zeros((SIDE, SIDE), bool)
+    is_border[[0, 1, -2, -1]] = True
+    is_border[:, [0, 1, -2, -1]] = True
+    known = is_border
+    for _ in range(2):
+        plane = terms @ np.linalg.lstsq(terms[known], pixels[known], rcond=None)[0]
+        errors = np.linalg.norm(pixels - plane, axis=2)
+        known = is_border & (errors <= np.median(errors[is_border]) + 5)
+    return terms @ np.linalg.lstsq(terms[known], pixels[known], rcond=None)[0]
+
+
 def read(picture):
     """uint8 [SIDE, SIDE, 3] -> its facts {attribute: value}, or None where it is no clean scene.
 
-    The object is what differs from the border. Each shape is drawn with its area at its place, in
-    several turns; the one that fits best is the answer, if it fits.
+    The object is what differs from the background. Each shape is drawn with its area at its place,
+    in several turns; the one that fits best is the answer, if it fits.
     """
     pixels = picture.astype(np.float64)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    background = np.median(border, axis=0)
-    differences = np.linalg.norm(pixels - background, axis=2)
+    plane = background_of(pixels)
+    pixels = pixels - plane  # the object on nothing
+    background = plane[SIDE // 2, SIDE // 2]
+    differences = np.linalg.norm(pixels, axis=2)
     strongest = differences >= 0.85 * np.sort(differences.ravel())[-6]
-    colour = np.median(pixels[strongest], axis=0)
-    contrast = colour - background
+    contrast = np.median(pixels[strongest], axis=0)
+    colour = contrast + np.median(plane[strongest], axis=0)
     if np.linalg.norm(contrast) < 50:
         return None
-    covered = ((pixels - background) @ contrast / (contrast @ contrast)).clip(0, 1)
-    covered[covered < 0.15] = 0  # the slope of the background
+    covered = (pixels @ contrast / (contrast @ contrast)).clip(0, 1)
+    covered[covered < 0.15] = 0  # what is not quite a plane
 
     total = covered.sum()
     steps = np.arange(SIDE) + 0.5

@@ -73,15 +73,26 @@ def test_a_program_reads_each_shape_at_each_size_turned_or_not():
         assert shapes.read(shapes.draw(scene)) == scene.facts
 
 
+def test_a_crowd_has_an_object_in_each_cell_and_is_no_scene():
+    crowd = shapes.draw_crowd(3, 4)
+    assert np.array_equal(crowd, shapes.draw_crowd(3, 4))
+    first = shapes.draw(shapes.new_scene(3, 36, named={"cell": "top left"}))
+    alike = abs(first.astype(int) - crowd).max(-1) < 10
+    cells = alike.reshape(3, 12, 3, 12).transpose(0, 2, 1, 3).reshape(9, 144)
+    assert cells[0].mean() > 0.9  # the first object on its own background
+    assert (cells[1:].mean(1) < 0.95).all()
+    assert shapes.read(crowd) is None
+
+
 def test_what_is_no_scene_is_not_read():
     random = np.random.default_rng(0)
-    noise = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    flat = np.full((32, 32, 3), 150, np.uint8)
+    noise = random.integers(0, 256, (shapes.SIDE, shapes.SIDE, 3), dtype=np.uint8)
+    flat = np.full((shapes.SIDE, shapes.SIDE, 3), 150, np.uint8)
     two = shapes.draw(shapes.new_scene(0, 0, named={"cell": "top left", "background": "black"}))
     other = shapes.draw(
         shapes.new_scene(0, 0, named={"cell": "bottom right", "background": "black"})
     )
-    two[16:] = other[16:]
+    two[18:] = other[18:]
     for picture in (noise, flat, two):
         assert shapes.read(picture) is None
 
