@@ -86,8 +86,9 @@ def done(tiny, tmp_path_factory):
 
 @pytest.mark.run
 def test_the_run_folder_holds_what_is_documented(done):
-    expected = "config.json metrics.jsonl grids model snapshots checkpoint-00002 checkpoint-00003"
-    assert {path.name for path in done.out.iterdir()} == set(expected.split())
+    expected = "config.json metrics.jsonl report.png grids model snapshots"
+    names = {"checkpoint-00002", "checkpoint-00003", *expected.split()}
+    assert {path.name for path in done.out.iterdir()} == names
     checkpoint = {path.name for path in (done.out / "checkpoint-00003").iterdir()}
     assert checkpoint == {"weights.safetensors", "optimizer.pt", "state.json"}
     written = json.loads((done.out / "config.json").read_text())
