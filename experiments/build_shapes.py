@@ -9,7 +9,8 @@ It learns the scenes of shapes.py (36 x 36, one object, five attributes) from dr
     reward/ evaluator/                  two networks that read all attributes, trained apart
     recogniser/                         a third, of another kind, as a reward
     prompts.jsonl eval_prompts.jsonl    to train on, and to judge on; beside a prompt, what it names
-What the two builds share is in build_tiny.py. Left out: resuming (it takes less than an hour).
+What the two builds share is in build_tiny.py. In work: words for places are not learned yet, so no
+build of it is kept in assets/. Left out: resuming.
 """
 
 import argparse
