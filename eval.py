@@ -35,6 +35,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from commands import compare
+from commands import report as run_report
 from commands.checks import check_eval
 from commands.picture_sets import generate, make_images
 from dist_reward import frechet_distance, moments
@@ -554,8 +555,7 @@ def compare_runs(args, runs):
     """Prints the table of the runs, and draws their figure if --out names one."""
     print(compare.table(runs), flush=True)
     if args.out:
-        x = compare.alignment_of(runs)
-        compare.draw(runs, args.out, x, compare.panels_of(runs))
+        run_report.draw_runs(args.inputs, args.labels, args.out)
         print(f"{args.out}: written")
 
 

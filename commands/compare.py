@@ -15,6 +15,7 @@ that its curve shows at alignment a or more (linear between evaluations).
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -550,10 +551,14 @@ def save_figure(figure, path, dpi):
 
 
 def pyplot():
-    """matplotlib without a screen; imported here, since it takes a second."""
-    import matplotlib
+    """matplotlib without a screen; imported here, since it takes a second.
 
-    matplotlib.use("Agg")
+    A notebook that has imported it keeps its own way to show figures.
+    """
+    if "matplotlib.pyplot" not in sys.modules:
+        import matplotlib
+
+        matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     return plt

@@ -1,5 +1,6 @@
 """report.png of a run: the same noise before and after, the front so far, curves; and the table.
 
+`eval.py compare` draws the same figure for several runs.
 A metric has a word for what it is and for the way that is better. The figure and the table of the
 end both say which numbers got worse. Nothing here changes what is trained.
 """
@@ -25,6 +26,7 @@ SMALL = 0.02  # a change of less than this share of the number before is called 
 
 # Of Okabe and Ito's palette, which colour-blind readers tell apart.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+COLORS = [BLUE, "#E69F00", "#009E73", "#CC79A7", ORANGE, "#56B4E9", "black"]
 
 
 def meaning(name):
@@ -97,10 +99,61 @@ def draw(out):
 
     axes = below.subplots(1, 3 + len(panels))
     draw_front(axes[0], curves, alignment, panels[0])
-    draw_rewards(axes[1], out)
+    draw_rewards(axes[1], [out], [out.name])
     for axis, panel in zip(axes[2:], (alignment, *panels)):
         draw_curve(axis, curves, panel)
     compare.save_figure(figure, out / "report.png", dpi=80)
+
+
+def draw_runs(folders, labels, path):
+    """The same figure of several runs, for `eval.py compare`: a sheet and a colour for each label.
+
+    Of a label with several seeds the sheet is the first run's, and a line is the mean of the seeds.
+    """
+    runs = compare.open_runs(folders, labels)
+    alignment = compare.alignment_of(runs)
+    panels = compare.panels_of(runs)
+    first_folders = {}
+    for folder, label in zip(folders, compare.labels_of(folders, labels)):
+        first_folders.setdefault(label, Path(folder))
+    sheets = sheets_of(first_folders)
+    plt = compare.pyplot()
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
+    count = max(2, len(sheets))
+    figure = plt.figure(figsize=(max(13.5, 4.5 * count), 9.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(5, 4))
+
+    for axis, (title, png) in zip(above.subplots(1, count, squeeze=False)[0], sheets.items()):
+        draw_sheet(axis, png, title)
+        if title == "before":
+            write_prompts(axis, png.parent.parent)
+
+    axes = below.subplots(1, 3 + len(panels))
+    compare.draw_panel(axes[0], runs, alignment, panels[0])
+    axes[0].set(xlabel="alignment", ylabel="diversity")
+    axes[0].set_title("the front\nbetter: right and up", fontsize=10)
+    axes[0].legend(fontsize=7, loc="lower left")
+    axes[0].locator_params(axis="x", nbins=4)
+    draw_rewards(axes[1], folders, compare.labels_of(folders, labels))
+    for axis, (metric, label) in zip(axes[2:], (alignment, *panels)):
+        compare.draw_panel(axis, runs, ("iteration", "iteration"), (metric, ""))
+        axis.set_title(two_lines(metric, label), fontsize=10)
+    compare.save_figure(figure, path, dpi=80)
+
+
+def sheets_of(folders):
+    """{label: run folder} -> {title: PNG}: the first run's pictures before, each run's after.
+
+    A run without two sheets is left out.
+    """
+    sheets = {}
+    for label, folder in folders.items():
+        pngs = sorted(folder.glob("grids/[0-9]*.png"))
+        if len(pngs) < 2:
+            continue
+        sheets.setdefault("before", pngs[0])
+        sheets[f"{label}, after {int(pngs[-1].stem)} iterations"] = pngs[-1]
+    return sheets
 
 
 def verdict(name, curves, alignment, panels):
@@ -159,16 +212,41 @@ def draw_front(axis, curves, alignment, diversity):
     axis.set_title("the front\nbetter: right and up", fontsize=10)
     axis.set_ylim(bottom=0, top=1.1 * y.max())
     axis.legend(fontsize=8, loc="lower left")
+    axis.locator_params(axis="x", nbins=4)
     axis.grid(alpha=0.3)
 
 
-def draw_rewards(axis, out):
-    """The mean reward of each iteration's rollouts."""
-    rows = [row for row in compare.read_rows(out / "metrics.jsonl") if "reward" in row]
-    axis.plot([row["iteration"] for row in rows], [row["reward"] for row in rows], color=GREY)
+def draw_rewards(axis, folders, labels):
+    """The mean reward of each iteration's rollouts, a line a run, a colour a label.
+
+    Of several runs it is the first term of --reward that all have, since sums of others differ.
+    """
+    rewards = []
+    for folder in folders:
+        rows = compare.read_rows(Path(folder) / "metrics.jsonl")
+        rewards.append([row for row in rows if "reward" in row])
+    name = "reward"
+    if len(folders) > 1 and all(rewards):
+        terms = [term for term in rewards[0][0] if term.startswith("reward/")]
+        common = [term for term in terms if all(term in rows[0] for rows in rewards)]
+        name = common[0] if common else name
+    colors = {}
+    for label in labels:
+        colors.setdefault(label, GREY if len(folders) == 1 else f"C{len(colors)}")
+    for rows, label in zip(rewards, labels):
+        iterations = [row["iteration"] for row in rows]
+        axis.plot(iterations, [row[name] for row in rows], color=colors[label])
+    what = name.replace("reward/", "reward ")
     axis.set_xlabel("iteration")
-    axis.set_title("reward of the rollouts\nhigher is better", fontsize=10)
+    axis.set_title(f"{what} of the rollouts\nhigher is better", fontsize=10)
     axis.grid(alpha=0.3)
+
+
+def two_lines(metric, label, mark=""):
+    """The title of a panel of a metric: what it is, and which way is better."""
+    title = label.partition(":")[0].partition(" (")[0]
+    better = "higher" if meaning(metric.removeprefix("eval/"))[0] > 0 else "lower"
+    return f"{title}\n{better} is better{mark}"
 
 
 def draw_curve(axis, curves, panel):
@@ -179,11 +257,9 @@ def draw_curve(axis, curves, panel):
     color = ORANGE if how == "worse" else BLUE
     axis.plot(curves["iteration"], values, "o-", color=color, ms=4)
     axis.axhline(values[0], color="black", lw=1, ls=":")
-    title = label.partition(":")[0].partition(" (")[0]
-    better = "higher" if meaning(metric.removeprefix("eval/"))[0] > 0 else "lower"
     mark = ": GOT WORSE" if how == "worse" else ""
     axis.set_xlabel("iteration")
-    axis.set_title(f"{title}\n{better} is better{mark}", fontsize=10)
+    axis.set_title(two_lines(metric, label, mark), fontsize=10)
     axis.set_ylim(top=1.05 * max(values.max(), 0), bottom=min(0, 1.05 * values.min()))
     axis.grid(alpha=0.3)
 

@@ -119,8 +119,8 @@ TRAIN_NAMED = [
     {"shape": "cross", "cell": "right"},
     {"shape": "ring", "cell": "top"},
     {"shape": "triangle", "cell": "centre"},
-    {"shape": "circle", "background": "black"},
-    {"shape": "cross", "background": "navy"},
+    {"shape": "circle", "background": "sand"},
+    {"shape": "cross", "background": "sky"},
     {"colour": "orange", "cell": "left"},
     {"colour": "red", "size": "large"},
     {"colour": "green", "background": "grey"},
@@ -137,8 +137,8 @@ EVAL_NAMED = [
     {"shape": "triangle", "colour": "green"},
     {"shape": "ring", "size": "large"},
     {"shape": "square", "cell": "bottom"},
-    {"shape": "circle", "background": "navy"},
-    {"colour": "turquoise", "background": "black"},
+    {"shape": "circle", "background": "sky"},
+    {"colour": "turquoise", "background": "sand"},
     {"shape": "circle", "colour": "orange", "size": "medium"},
 ]
 

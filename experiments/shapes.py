@@ -26,13 +26,13 @@ COLOURS = {
     "turquoise": (60, 205, 205),
     "blue": (55, 95, 225),
     "purple": (140, 60, 185),
-    "pink": (250, 150, 195),
+    "pink": (245, 120, 185),
 }
 BACKGROUNDS = {
-    "white": (226, 226, 226),
-    "grey": (150, 150, 150),
-    "black": (28, 28, 28),
-    "navy": (28, 38, 92),
+    "white": (238, 238, 238),
+    "grey": (185, 185, 185),
+    "sand": (236, 214, 170),
+    "sky": (180, 212, 240),
 }
 RADII = {"small": 3.7, "medium": 4.7, "large": 5.6}  # in pixels
 CENTRES = (6.0, 18.0, 30.0)  # of the three columns, and of the three rows
@@ -72,8 +72,6 @@ class Scene:
     stretch: float  # width over height
     colour: tuple  # of the object
     background: tuple
-    slope: tuple  # how much brighter the background is at the right, and at the bottom: light
-    # falls from the top left, so that no two places look the same
 
 
 def new_scene(seed, number, named=None, cells=None):
@@ -99,7 +97,6 @@ def new_scene(seed, number, named=None, cells=None):
         stretch=random.uniform(0.93, 1.07),
         colour=tuple(np.add(COLOURS[facts["colour"]], random.uniform(-12, 12, 3))),
         background=tuple(np.add(BACKGROUNDS[facts["background"]], shade)),
-        slope=tuple(random.uniform(-30, -14, 2)),
     )
 
 
@@ -166,11 +163,7 @@ def draw(scene, picture=None):
     covered = cover(scene.facts["shape"], scene.centre, scene.radius, scene.turn, scene.stretch)[
         :, :, None
     ]
-    background = picture
-    if picture is None:
-        along = np.linspace(-0.5, 0.5, SIDE)
-        brighter = along[None, :] * scene.slope[0] + along[:, None] * scene.slope[1]
-        background = np.array(scene.background) + brighter[:, :, None]
+    background = np.array(scene.background) if picture is None else picture
     drawn = covered * np.array(scene.colour) + (1 - covered) * background
     return drawn.clip(0, 255).round().astype(np.uint8)
 
@@ -270,21 +263,10 @@ def nearest(palette, colour):
 
 
 def background_of(pixels):
-    """Pixels [SIDE, SIDE, 3] -> a plane through those of the border, [SIDE, SIDE, 3].
-
-    It is fitted twice: the second time without what the object covers.
-    """
-    rows, columns = np.mgrid[:SIDE, :SIDE]
-    terms = np.stack([np.ones((SIDE, SIDE)), rows, columns], 2)  # [SIDE, SIDE, 3]
-    is_border = np.zeros((SIDE, SIDE), bool)
-    is_border[[0, 1, -2, -1]] = True
-    is_border[:, [0, 1, -2, -1]] = True
-    known = is_border
-    for _ in range(2):
-        plane = terms @ np.linalg.lstsq(terms[known], pixels[known], rcond=None)[0]
-        errors = np.linalg.norm(pixels - plane, axis=2)
-        known = is_border & (errors <= np.median(errors[is_border]) + 5)
-    return terms @ np.linalg.lstsq(terms[known], pixels[known], rcond=None)[0]
+    """Pixels [SIDE, SIDE, 3] -> the median of those of the border [3]."""
+    is_border = np.ones((SIDE, SIDE), bool)
+    is_border[2:-2, 2:-2] = False
+    return np.median(pixels[is_border], axis=0)
 
 
 def read(picture):
@@ -294,17 +276,16 @@ def read(picture):
     in several turns; the one that fits best is the answer, if it fits.
     """
     pixels = picture.astype(np.float64)
-    plane = background_of(pixels)
-    pixels = pixels - plane  # the object on nothing
-    background = plane[SIDE // 2, SIDE // 2]
+    background = background_of(pixels)
+    pixels = pixels - background  # the object on nothing
     differences = np.linalg.norm(pixels, axis=2)
     strongest = differences >= 0.85 * np.sort(differences.ravel())[-6]
     contrast = np.median(pixels[strongest], axis=0)
-    colour = contrast + np.median(plane[strongest], axis=0)
+    colour = background + contrast
     if np.linalg.norm(contrast) < 50:
         return None
     covered = (pixels @ contrast / (contrast @ contrast)).clip(0, 1)
-    covered[covered < 0.15] = 0  # what is not quite a plane
+    covered[covered < 0.15] = 0  # what is not quite even
 
     total = covered.sum()
     steps = np.arange(SIDE) + 0.5

@@ -130,3 +130,29 @@ def test_a_run_writes_its_report_and_says_once_that_it_collapses(
     assert (tmp_path / "run" / "report.png").is_file()
     assert printed.err.count("a collapse has begun") == 1
     assert "see report.png" in printed.out
+
+
+def test_the_sheets_of_several_runs_are_before_and_after_each(tmp_path):
+    runs = {}
+    for name in ("plain", "drift", "tilted"):
+        runs[name] = write_run(tmp_path / name, BETTER_AND_LESS_DIVERSE)
+    for png in (runs["tilted"] / "grids").iterdir():
+        png.unlink()
+    assert report.sheets_of(runs) == {
+        "before": runs["plain"] / "grids" / "00000.png",
+        "plain, after 10 iterations": runs["plain"] / "grids" / "00010.png",
+        "drift, after 10 iterations": runs["drift"] / "grids" / "00010.png",
+    }
+
+
+@pytest.mark.run
+def test_runs_of_which_none_has_a_sheet_are_drawn(tmp_path):
+    folders = [write_run(tmp_path / f"run-{seed}", BETTER_AND_LESS_DIVERSE) for seed in (0, 1)]
+    for folder, seed in zip(folders, (0, 1)):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"seed": seed}))
+        for png in (folder / "grids").iterdir():
+            png.unlink()
+    report.draw_runs(folders, "", tmp_path / "runs.png")
+    with Image.open(tmp_path / "runs.png") as figure:
+        assert figure.width > 1000

@@ -88,9 +88,9 @@ def test_what_is_no_scene_is_not_read():
     random = np.random.default_rng(0)
     noise = random.integers(0, 256, (shapes.SIDE, shapes.SIDE, 3), dtype=np.uint8)
     flat = np.full((shapes.SIDE, shapes.SIDE, 3), 150, np.uint8)
-    two = shapes.draw(shapes.new_scene(0, 0, named={"cell": "top left", "background": "black"}))
+    two = shapes.draw(shapes.new_scene(0, 0, named={"cell": "top left", "background": "sand"}))
     other = shapes.draw(
-        shapes.new_scene(0, 0, named={"cell": "bottom right", "background": "black"})
+        shapes.new_scene(0, 0, named={"cell": "bottom right", "background": "sand"})
     )
     two[18:] = other[18:]
     for picture in (noise, flat, two):
@@ -126,7 +126,7 @@ def test_captions_are_true_and_name_each_attribute_as_often_as_is_said():
         "colour": "pink",
         "size": "small",
         "cell": "top",
-        "background": "navy",
+        "background": "sky",
     }
     captions = [shapes.caption(random, facts).split() for _ in range(3000)]
     for name, share in shapes.NAMED.items():
