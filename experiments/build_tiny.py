@@ -344,6 +344,7 @@ class CaptionedPictures:
         self.caption = caption
         self.tokenizer = tokenizer
         self.tokens = {}  # {caption: tokens [T]}, of those so far
+        self.drawn = 0  # pictures so far
 
     def draw(self, count):
         """-> pictures [count, C, H, W], tokens [count, T].
@@ -351,6 +352,7 @@ class CaptionedPictures:
         A tenth of the captions is empty, for guidance.
         """
         picked = self.rng.integers(len(self.pictures), size=count)
+        self.drawn += count
         tokens = []
         for i in picked:
             text = ""
@@ -363,10 +365,11 @@ class CaptionedPictures:
         return self.pictures[picked], torch.stack(tokens).to(device)
 
 
-def flow_matching_loss(model, x0, tokens, precision, shift=1.0):
+def flow_matching_loss(model, x0, tokens, precision, shift=1.0, noisy=0.0):
     """Mean squared error of the velocity at random times, more often in the middle.
 
-    shift: above 1 more often near the noise, as the scheduler's.
+    shift: above 1 more often near the noise, as the scheduler's. noisy: the share of the times that
+    is drawn evenly from [0.85, 1], where it is decided what goes where.
     """
     device = x0.device
     noise = torch.randn(x0.shape, device=device)
@@ -374,6 +377,9 @@ def flow_matching_loss(model, x0, tokens, precision, shift=1.0):
     logit = torch.randn(len(x0), device=device)
     t = torch.where(is_logit_normal, logit.sigmoid(), torch.rand(len(x0), device=device))
     t = shift * t / (1 + (shift - 1) * t)
+    if noisy:
+        is_noisy = torch.rand(len(x0), device=device) < noisy
+        t = torch.where(is_noisy, 0.85 + 0.15 * torch.rand(len(x0), device=device), t)
     column = t[:, None, None, None]
     x_t = (1 - column) * x0 + column * noise
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -403,12 +409,22 @@ def update_average(average, model, step):
         mean.lerp_(parameter, share)
 
 
-def train_generator(model, data, steps, early=math.inf, batch=256, peak_lr=2e-3, shift=1.0):
+def train_generator(
+    model,
+    data,
+    steps,
+    early=math.inf,
+    batch=256,
+    peak_lr=2e-3,
+    shift=1.0,
+    noisy=(0.0, 0.0),
+    precision="float32",
+):
     """Flow matching -> the averaged weights, and those after `early` seconds (None: not reached).
 
-    data.draw(n) -> x_0 [n, C, H, W], tokens [n, T]. Both are a ModuleDict in eval mode.
+    data.draw(n) -> x_0 [n, C, H, W], tokens [n, T]. Both are a ModuleDict in eval mode. shift: as
+    for flow_matching_loss; noisy: as there, and the part of the training that it is for.
     """
-    precision = faster_precision()
     average = copy.deepcopy(model)
     snapshot = None
     optimizer = torch.optim.AdamW(
@@ -420,7 +436,8 @@ def train_generator(model, data, steps, early=math.inf, batch=256, peak_lr=2e-3,
         lr = learning_rate(step, steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = flow_matching_loss(model, *data.draw(batch), precision, shift)
+        noisy_now = noisy[0] if step < noisy[1] * steps else 0.0
+        loss = flow_matching_loss(model, *data.draw(batch), precision, shift, noisy_now)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -560,7 +577,9 @@ def build(args, out):
     facts = list(zip(labels.tolist(), shades.tolist(), widths.tolist()))
     data = CaptionedPictures(images * 2 - 1, facts, caption, tokenizer, args.seed)
     model = new_generator(tokenizer, TRANSFORMER)
-    average, snapshot = train_generator(model, data, args.steps, early=300)
+    average, snapshot = train_generator(
+        model, data, args.steps, early=300, precision=faster_precision()
+    )
     save_generator(out, average)
     if args.early and snapshot:
         early = Path(args.early)

@@ -227,7 +227,12 @@ def phrase(facts, noun="shape", style=0):
 def caption(random, facts):
     """A true sentence about a scene of these facts, which names some of them."""
     named = {name: value for name, value in facts.items() if random.random() < NAMED[name]}
-    return phrase(named, NOUNS[random.integers(len(NOUNS))], int(random.random() < 0.3))
+    return full_caption(random, named)
+
+
+def full_caption(random, facts):
+    """A sentence that names all of these facts, in one of several phrasings."""
+    return phrase(facts, NOUNS[random.integers(len(NOUNS))], int(random.random() < 0.3))
 
 
 def all_words():
