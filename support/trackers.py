@@ -49,23 +49,35 @@ class WeightsAndBiases:
     def __init__(self, out, config, run_id):
         import wandb
 
-        self.as_image = wandb.Image
-        self.run = wandb.init(
-            project="driftwise", name=out.name, id=run_id, resume="allow", dir=out, config=config
+        self.wandb = wandb
+        self.settings = {"name": out.name, "id": run_id, "dir": out, "config": config}
+        self.run = self.open()
+        if self.run.url:
+            print(self.run.url, flush=True)
+
+    def open(self):
+        """Opens the run, or goes on with it."""
+        silent = self.wandb.Settings(silent=True)
+        return self.wandb.init(
+            project="driftwise", resume="allow", settings=silent, **self.settings
         )
 
     def send(self, iteration, numbers, grid):
         """numbers {name: value}; grid: a PIL image or None."""
+        self.run = self.run or self.open()
         row = dict(numbers)
         if grid:
-            row["grid"] = self.as_image(grid)
+            row["grid"] = self.wandb.Image(grid)
         self.run.log(row, step=iteration)
 
     def flush(self):
-        """It sends by itself."""
+        """Ends the run for now: until then a kill would lose what was sent."""
+        if self.run:
+            self.run.finish()
+            self.run = None
 
     def close(self):
-        self.run.finish()
+        self.flush()
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
@@ -115,12 +127,12 @@ class Tracker:
         files.write_atomic(self.out / FILE, lambda temporary: temporary.write_text(text))
 
     def grid(self, iteration):
-        """The pictures of an evaluation, if there was one."""
-        path = self.out / "grids" / f"{iteration:05d}.png"
-        if not path.is_file():
+        """The pictures of an evaluation, if there was one. A broken file stops no run."""
+        try:
+            with Image.open(self.out / "grids" / f"{iteration:05d}.png") as grid:
+                return grid.convert("RGB")
+        except (OSError, SyntaxError):
             return None
-        with Image.open(path) as grid:
-            return grid.convert("RGB")
 
     def close(self):
         self.tracker.close()

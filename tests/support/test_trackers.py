@@ -1,12 +1,15 @@
 """--tracker: what a run sends to TensorBoard and to Weights & Biases, killed and resumed."""
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import time
 
 import numpy as np
 import pytest
-from conftest import launch, read_metrics, small
+from conftest import command, launch, launch_process, read_metrics, small
 from PIL import Image
 
 from support import trackers
@@ -147,3 +150,42 @@ def test_a_killed_run_goes_on_in_its_tracker(tiny, tmp_path):
         steps = [row["iteration"] for row in rows if name in row]
         assert [step for step, _ in points[name]] == steps, name
     assert points["reward"][-1][1] == pytest.approx(rows[-1]["reward"])
+
+
+def test_a_broken_grid_is_not_sent(tmp_path):
+    write_run(tmp_path, 3)
+    (tmp_path / "grids" / "00000.png").write_bytes(b"no picture")
+    tracker = trackers.Tracker("tensorboard", tmp_path, {})
+    tracker.send()
+    tracker.close()
+    points, grids = points_in_tensorboard(tmp_path)
+    assert len(points["reward"]) == 3
+    assert [step for step, _ in grids] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", trackers.TRACKERS)
+def test_a_run_killed_by_a_signal_sends_each_line_once(tiny, tmp_path, kind):
+    flags = ("--iterations", 5, "--save_every", 1, "--eval_every", 5, "--tracker", kind)
+    argv = small(tiny, tmp_path, *flags)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    run = subprocess.Popen(command(argv), env=env, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (tmp_path / "checkpoint-00003").exists(), run)
+    run.kill()
+    run.wait()
+    code, _, error = launch_process(argv, WANDB_MODE="offline")
+    assert code == 0, error
+
+    points = points_in_tensorboard if kind == "tensorboard" else points_in_wandb
+    found, grids, *ids = points(tmp_path)
+    assert [step for step, _ in grids] == [0, 5]
+    assert [step for step, _ in found["reward"]] == [1, 2, 3, 4, 5]
+    assert all(len(some) == 1 for some in ids)
+
+
+def wait_for(condition, process):
+    """Until it is so, or two minutes are over, or the process has ended."""
+    deadline = time.time() + 120
+    while not condition():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
