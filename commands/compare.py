@@ -11,6 +11,9 @@ that its curve shows at alignment a or more (linear between evaluations).
     gain at equal diversity    the same along the other axis, of alignment gained over the base
     hypervolume                area of all (alignment, diversity) that some evaluation exceeds in
                                both, above the lowest start of all runs and a Vendi score of 1
+
+Where the tilted base is among the runs (experiments/tilted.py), the table says how much of its
+three gains each run reaches: it is what choosing among the base's own pictures gives.
 """
 
 import json
@@ -48,6 +51,7 @@ GAINS = (
     "hypervolume",
     "minutes",
 )
+OF_TILTED = "of the tilted base's three gains, %"
 COLLAPSED = 1.5  # a judge's Vendi score below this, of eight pictures a prompt or more
 
 # Flags that runs must share to be compared, and why.
@@ -101,7 +105,13 @@ def read_curves(path):
         curves[UNJUDGED] = -curves[TRAINED]
     seconds = sum(row.get("seconds_sample", 0) + row.get("seconds_train", 0) for row in rows)
     curves["minutes"] = seconds / 60
+    curves["tilted"] = any("beta" in row for row in evaluations)  # experiments/tilted.py
     return curves
+
+
+def is_tilted(seeds):
+    """Whether runs {seed: evaluations} are the tilted base: no training, only a choice."""
+    return any(curve.get("tilted") for curve in seeds.values())
 
 
 def read_rows(path):
@@ -344,11 +354,15 @@ def table(runs):
 
     names = [name.removeprefix("eval/") for name in metrics]
     columns = ["run", "seeds", *(TITLES.get(name, name) for name in names), *GAINS]
-    count = len(columns)
+    tilted = next((seeds for seeds in runs.values() if is_tilted(seeds)), None)
+    if tilted:
+        columns.append(OF_TILTED)
     lines = ["| " + " | ".join(columns) + " |"]
-    lines.append("|---" * count + "|")
+    lines.append("|---" * len(columns) + "|")
     for label, seeds in runs.items():
         cells = table_row(label, seeds, plain, corner, metrics, x)
+        if tilted:
+            cells.append(shares_of(gains(seeds, plain, x), gains(tilted, plain, x)))
         lines.append("| " + " | ".join(cells) + " |")
     if not is_judged:
         lines.append(f"No evaluator judges these runs. {description[0].upper()}{description[1:]}.")
@@ -369,6 +383,25 @@ def is_collapsed(curve, is_judged):
     return bool(curve["eval/vendi"][-1] < limit)
 
 
+def gains(seeds, plain, x):
+    """The three gains of a label's runs over the plain runs of the same seeds -> three lists."""
+    pairs = [(curve, plain[seed]) for seed, curve in seeds.items() if seed in plain]
+    at_alignment = [gain_at_equal_alignment(*pair, x=x) for pair in pairs]
+    at_diversity = [gain_at_equal_diversity(*pair, x=x) for pair in pairs]
+    return [mean for mean, _ in at_alignment], [top for _, top in at_alignment], at_diversity
+
+
+def shares_of(own, limit):
+    """Three gains (lists over the seeds) as per cent of three others, by their means -> text."""
+    words = []
+    for values, limits in zip(own, limit):
+        share = np.nan
+        if np.isfinite(values).any() and np.isfinite(limits).any():
+            share = 100 * np.nanmean(values) / np.nanmean(limits)
+        words.append(f"{share:.0f}" if np.isfinite(share) else "-")
+    return ", ".join(words)
+
+
 def table_row(label, seeds, plain, corner, metrics, x):
     """The cells of one label: its metrics, and its gains by the alignment x."""
     curves = list(seeds.values())
@@ -380,12 +413,7 @@ def table_row(label, seeds, plain, corner, metrics, x):
         final = [curve[name][-1] for curve in curves]
         cells.append(spread(final, scale=1, digits=3, sign=""))
 
-    pairs = [(curve, plain[seed]) for seed, curve in seeds.items() if seed in plain]
-    at_alignment = [gain_at_equal_alignment(*pair, x=x) for pair in pairs]
-    cells.append(spread([mean for mean, _ in at_alignment]))
-    cells.append(spread([highest for _, highest in at_alignment]))
-    cells.append(spread([gain_at_equal_diversity(*pair, x=x) for pair in pairs]))
-
+    cells += [spread(values) for values in gains(seeds, plain, x)]
     volumes = [hypervolume(curve[x], curve["eval/vendi"], corner) for curve in curves]
     cells.append(spread(volumes, scale=1, digits=3, sign=""))
     minutes = [curve.get("minutes", np.nan) for curve in curves]
@@ -435,11 +463,15 @@ def draw_panel(axis, runs, x, y):
     x_metric, x_label = x
     y_metric, y_label = y
     for number, (label, seeds) in enumerate(runs.items()):
-        color = f"C{number}"
+        tilted = is_tilted(seeds)
+        if tilted and x_metric == "iteration":
+            continue
+        color = "black" if tilted else f"C{number}"
         curves = list(seeds.values())
         levels, values = band(curves, x_metric, y_metric)
         count = "1 seed" if len(curves) == 1 else f"{len(curves)} seeds"
-        axis.plot(levels, values.mean(0), color=color, lw=2, label=f"{label} ({count})")
+        style = "--" if tilted else "-"
+        axis.plot(levels, values.mean(0), style, color=color, lw=2, label=f"{label} ({count})")
         axis.fill_between(levels, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
         for curve in curves:
             axis.plot(curve[x_metric], curve[y_metric], "o", color=color, ms=2.5, alpha=0.5)

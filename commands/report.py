@@ -224,11 +224,13 @@ def draw_rewards(axis, folders, labels):
     rewards = []
     for folder in folders:
         rows = compare.read_rows(Path(folder) / "metrics.jsonl")
-        rewards.append([row for row in rows if "reward" in row])
+        # The rows of the tilted base are no iterations.
+        rewards.append([row for row in rows if "reward" in row and "beta" not in row])
     name = "reward"
-    if len(folders) > 1 and all(rewards):
-        terms = [term for term in rewards[0][0] if term.startswith("reward/")]
-        common = [term for term in terms if all(term in rows[0] for rows in rewards)]
+    first_rows = [rows[0] for rows in rewards if rows]
+    if len(folders) > 1 and first_rows:
+        terms = [term for term in first_rows[0] if term.startswith("reward/")]
+        common = [term for term in terms if all(term in row for row in first_rows)]
         name = common[0] if common else name
     colors = {}
     for label in labels:

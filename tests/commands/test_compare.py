@@ -98,6 +98,22 @@ def test_the_gain_at_equal_diversity_by_hand():
     assert compare.gain_at_equal_diversity(plain, plain) == 0
 
 
+def test_the_gains_stand_beside_those_of_the_tilted_base():
+    """All three curves are straight: the tilted base loses a quarter of what plain loses."""
+    plain = curve([-1.0, -0.6], [20, 12])
+    method = curve([-1.0, -0.6], [20, 16])
+    tilted = curve([-1.0, -0.6], [20, 18]) | {"tilted": True}
+    runs = {"plain": {0: plain}, "ours": {0: method}, "limit": {0: tilted}}
+    head, _, *rows = compare.table(runs).splitlines()
+    assert head.split("|")[-2].strip() == compare.OF_TILTED
+    shares = {row.split("|")[1].strip(): row.split("|")[-2].strip() for row in rows}
+    assert shares["plain"] == "0, 0, 0"
+    assert shares["limit"] == "100, 100, 100"
+    at_alignment, at_highest, _ = (int(share) for share in shares["ours"].split(", "))
+    assert at_highest == round(100 * (16 - 12) / (18 - 12))
+    assert at_alignment == pytest.approx(100 * 4 / 6, abs=2)
+
+
 def test_a_run_that_never_rises_has_no_gain():
     plain = curve([-1, -0.5], [20, 10])
     flat = curve([-1, -1.2, -1.1], [20, 25, 30])
