@@ -28,15 +28,19 @@ from bases.lora import lora_off
 from commands import report
 from commands.checks import check, plan
 from commands.model_checks import check_generator
+from commands.picture_sets import stream
 from commands.training import Run, open_setup
 from prompting import draw_prompts, noised_prompt
+from rewards.features import pixels
 from sampling import Trajectory, concentrated_subset, log_prob, rollout, seeded_noise
 from shaping import gardo, group_advantage, group_diversity, shaped_returns
 from support import files, flags, guards, processes
 from support.sharding import clip_gradients
 
-# Each purpose draws from its own stream of noise; stream 2 is the evaluation's.
-ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM = 0, 1, 3
+# Each purpose draws from its own stream of noise; 2 is the evaluation's, 4 to 7 are merge.py's.
+ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM, COMPONENT_STREAM = 0, 1, 3, 8
+
+COMPONENT_PICTURES = 2000  # of the base, to which --diversity_features components is fitted
 
 # Shapes: P prompts an iteration, N rollouts a prompt, K of them kept, W stochastic steps,
 #         B rollouts of this process, F features of a picture, D numbers in a latent.
@@ -115,8 +119,8 @@ class Args:
     diversity: float = 0.5
     """weight of the shaped diversity beside the normalised reward (0: off)"""
     diversity_features: str = ""
-    """where distances are measured: latents, or whatever --features takes (default: reward where
-    the model folder has that classifier, else pixels)"""
+    """where distances are measured: latents, components (of the base's own pictures), or whatever
+    --features takes (default: reward where the model folder has that classifier, else pixels)"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """distance of two rollouts"""
     nearest: int = 3
@@ -323,6 +327,26 @@ def reference_features(args, setup, step):
     return processes.gather(torch.cat(features), M)
 
 
+@torch.no_grad()
+def base_pixels(args, setup):
+    """Pixels [M, D] of about 2,000 pictures of the base, all prompts in turn."""
+    each = math.ceil(COMPONENT_PICTURES / len(setup.prompts))
+    M = each * len(setup.prompts)
+    key = (COMPONENT_STREAM, args.seed)
+    drawn = stream(
+        setup.model,
+        setup.prompts,
+        each,
+        list(processes.share(M)),
+        args.eval_steps,
+        args.guidance,
+        key,
+        args.batch,
+    )
+    parts = [pixels(images) for _, images in drawn]
+    return processes.gather(torch.cat(parts), M)
+
+
 # --------------------------------------------------------------------------------------------------
 # CREDIT: who is kept, and what each of its steps earns.
 
@@ -526,6 +550,8 @@ def train(args, prompts, eval_prompts, interrupt):
     evaluate = evaluation.Evaluator(args, setup, eval_prompts, device)
     weights, reference_set = setup.reward.weights, setup.reference_set
 
+    if run.is_new and setup.components:
+        setup.components.fit(base_pixels(args, setup))
     if run.is_new and reference_set:
         reference_set.members.refresh(reference_features(args, setup, 0))
     run.open_log()

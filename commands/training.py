@@ -18,7 +18,7 @@ from bases.tensors import base_facts, save_snapshots
 from commands import report
 from rewards import DISTRIBUTION, Reward, parse, readers
 from rewards.classifier import check_classifier
-from rewards.features import TINY, load_features
+from rewards.features import TINY, Components, load_features
 from rewards.targets import ReferenceSet, open_reference_set
 from sampling import Policy
 from support import compiling, files, flags, guards, processes, trackers
@@ -40,6 +40,7 @@ class Setup:
     null_prompt: tuple  # embeddings of the empty prompt, for guidance
     reward: Reward
     diversity_features: Callable | None  # None: distances between latents
+    components: Components | None  # these, if they are the base's components
     reference_set: ReferenceSet | None  # None: no distribution-wise reward
     base_facts: dict  # what a snapshot says of its base, on the first process
 
@@ -61,8 +62,12 @@ def open_setup(args, prompts, eval_prompts, device):
         if args.compile:
             compiling.check_gradients(model, model.encode(texts[:1]), trained.values())
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
+        components = None
         diversity_features = None
-        if args.diversity_features != "latents":
+        if args.diversity_features == "components":
+            components = Components(blank_of(model))
+            diversity_features = components
+        elif args.diversity_features != "latents":
             diversity_features = load_features(
                 args.diversity_features, model.folder, device, "diversity_features"
             )
@@ -91,6 +96,7 @@ def open_setup(args, prompts, eval_prompts, device):
         null_prompt=null_prompt,
         reward=reward,
         diversity_features=diversity_features,
+        components=components,
         reference_set=reference_set,
         base_facts=facts,
     )
@@ -128,8 +134,7 @@ def check_sizes_of_judges(args, model):
             folders[model.folder / name] = check_classifier(model.folder / name)
     if not folders:
         return
-    blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
-    height, width = blank.shape[2:]
+    height, width = blank_of(model).shape[2:]
     for folder, arguments in folders.items():
         side = arguments["size"]
         if (height, width) != (side, side):
@@ -137,6 +142,11 @@ def check_sizes_of_judges(args, model):
                 f"--model {args.model}: draws pictures of {height} x {width}, and {folder} sees "
                 f"{side} x {side}; give a classifier of their size"
             )
+
+
+def blank_of(model):
+    """One picture [1, 3, H, W] as the model makes them."""
+    return model.decode(torch.zeros(1, *model.shape, device=model.device))
 
 
 def policy_of(args, model):
@@ -161,9 +171,8 @@ def choose_trained(args, model):
 
 def empty_reference_set(args, model, distribution):
     """The ReferenceSet of the reward fid or kid; train.py fills in its members."""
-    blank = model.decode(torch.zeros(1, *model.shape, device=model.device))
     return open_reference_set(
-        distribution, args.features, args.target, model.folder, args.reference, blank
+        distribution, args.features, args.target, model.folder, args.reference, blank_of(model)
     )
 
 
@@ -180,6 +189,8 @@ class Run:
         self.tensors = setup.trained | setup.averages.state()
         if setup.reference_set:
             self.tensors = self.tensors | setup.reference_set.members.state()
+        if setup.components:
+            self.tensors = self.tensors | setup.components.state()
         self.checkpoint, state = files.newest_checkpoint(self.out)
         self.first = state["step"]
         self.logged_lines = state["lines"]

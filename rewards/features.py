@@ -6,6 +6,8 @@
     dinov2[:MODEL]      the class token, D = 1024: FD-DINOv2 (arXiv 2306.04675)
     clip[:MODEL]        the image embedding, D = 768
     module:function     your own
+    components          of --diversity_features alone: 64 principal components of the pixels of the
+                        base's own pictures, so that any base has a space of its own, D = 64
 MODEL is a hub id or a folder. Left out: the networks themselves, which are libraries' or files'.
 """
 
@@ -28,6 +30,7 @@ TINY = ("reward", "evaluator")
 ANYWHERE = "pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"
 
 SIDE = 16  # of the images of `pixels`
+COMPONENTS = 64
 
 
 class HubNetwork(NamedTuple):
@@ -119,10 +122,51 @@ def pixels(images):
     return small.flatten(1) - 0.5
 
 
+class Components:
+    """The features `components`: where pictures of the base differ most.
+
+    A function of images [B, 3, H, W] -> [B, K], K = 64 or the number of pixels. The components are
+    those of the base at the start of the run; a checkpoint holds them.
+    """
+
+    def __init__(self, blank):
+        """blank: one picture [1, 3, H, W] as the base makes them."""
+        D = pixels(blank).shape[1]
+        self.mean = torch.zeros(D, device=blank.device)
+        self.basis = torch.zeros(D, min(COMPONENTS, D), device=blank.device)
+
+    def fit(self, base_pixels):
+        """base_pixels [M, D]: those of M of the base's pictures."""
+        mean, basis = principal_components(base_pixels, self.basis.shape[1])
+        self.mean.copy_(mean)
+        self.basis.copy_(basis)
+
+    def __call__(self, images):
+        return (pixels(images) - self.mean) @ self.basis
+
+    def state(self):
+        """The tensors that a checkpoint holds."""
+        return {"components.mean": self.mean, "components.basis": self.basis}
+
+
+def principal_components(features, count):
+    """features [M, D] -> their mean [D], and the `count` directions of most variance [D, count].
+
+    The largest entry of each direction is positive.
+    """
+    features = features.double()
+    mean = features.mean(0)
+    centred = features - mean
+    _, directions = torch.linalg.eigh(centred.T @ centred)  # of ascending variance
+    basis = directions.flip(1)[:, :count]
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    return mean, basis * largest.sign()
+
+
 def choices(flag):
     """What --FLAG may name where the model folder has no such network, as a text."""
     if flag == "diversity_features":
-        return f"latents, {ANYWHERE}"
+        return f"latents, components, {ANYWHERE}"
     return ANYWHERE
 
 
@@ -139,7 +183,7 @@ def check_features(spec, folder, flag="features"):
             )
         check_classifier(Path(folder) / spec)
         return 64
-    if spec == "pixels":
+    if spec == "pixels" or (spec == "components" and flag == "diversity_features"):
         return None  # it depends on the size of the images
     if kind == "inception":
         check_regular(argument)

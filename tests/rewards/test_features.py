@@ -15,7 +15,15 @@ from reward_helpers import TINY, as_images, less_than_half_a_byte, noise, rand, 
 
 from dist_reward import frechet_distance, moments
 from rewards.classifier import load_classifier
-from rewards.features import check_features, corner_bilinear, load_features, own_numbers
+from rewards.features import (
+    Components,
+    check_features,
+    corner_bilinear,
+    load_features,
+    own_numbers,
+    pixels,
+    principal_components,
+)
 
 # --------------------------------------------------------------------------------------------------
 # The model folder's own networks.
@@ -500,6 +508,11 @@ def test_features_that_do_not_exist(own, spec, naming):
     refused(lambda: check_features(spec, TINY, flag), f"--diversity_features {spec}: ")
 
 
+def test_components_are_for_the_diversity_alone():
+    assert check_features("components", TINY, "diversity_features") is None
+    refused(lambda: check_features("components", TINY), "--features components: none of")
+
+
 def test_a_file_that_is_no_torchscript(tmp_path):
     path = tmp_path / "network.pt"
     words = f"{path} is not a TorchScript file"
@@ -526,3 +539,36 @@ def test_a_folder_that_is_no_dinov2(tmp_path, config, naming):
     (tmp_path / "config.json").write_text(config)
     spec = f"dinov2:{tmp_path}"
     refused(lambda: check_features(spec, TINY), f"--features {spec}: ", naming)
+
+
+# --------------------------------------------------------------------------------------------------
+# Principal components of the base's own pictures.
+
+
+def test_the_components_are_those_of_a_singular_value_decomposition():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([5.0, 0.1, 3.0, 1.0, 0.01])
+    features = torch.randn(400, 5, generator=generator) * scales + 7
+    mean, basis = principal_components(features, 3)
+    torch.testing.assert_close(mean, features.double().mean(0))
+    _, _, rows = np.linalg.svd(features.double().numpy() - mean.numpy())
+    for direction, expected in zip(basis.T.numpy(), rows):
+        assert direction[abs(direction).argmax()] > 0
+        assert abs(direction @ expected) == pytest.approx(1, abs=1e-9)
+
+
+def test_the_components_of_pictures_do_not_see_what_the_base_never_draws():
+    images = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[:, :, 4:] = 0.5  # the lower half is always grey
+    components = Components(images[:1])
+    components.fit(pixels(images))
+    changed = images.clone()
+    changed[:, :, 4:] = 1.0
+    assert components(images).shape == (300, 64)
+    torch.testing.assert_close(components(changed), components(images), atol=1e-4, rtol=0)
+    brighter = components(images * 0.5)
+    assert (brighter - components(images)).norm() > 1
+    restored = Components(images[:1])
+    for name, tensor in restored.state().items():
+        tensor.copy_(components.state()[name])
+    assert torch.equal(restored(images), components(images))

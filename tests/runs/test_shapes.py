@@ -274,7 +274,7 @@ def test_a_run_logs_modes_and_everything_reads_them(base, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_and_a_resumed_run_are_the_run(base, tmp_path):
-    flags = ("--std", "group")
+    flags = ("--std", "group", "--diversity_features", "components")
     launch(run_on(base, tmp_path / "one", *flags))
     code, _, error = launch_process(run_on(base, tmp_path / "two", *flags), processes=2)
     assert code == 0, error
