@@ -280,14 +280,16 @@ def train_reader(width, seed, scenes, steps, device, batch=128, peak_lr=4e-3):
 
 @torch.inference_mode()
 def save_reader(folder, model, pictures):
-    """Weights, attributes, and what real scenes look like to it.
+    """Weights in half precision, attributes, and what real scenes look like to it.
 
     real.npz is of all scenes, real-1 and real-2 of each half: for the search and the report of
     merge.py. Each holds mu and sigma (float64, unbiased), frequencies_NAME of the values that it
     reads, and scale, half the mean distance of two scenes that fit the same prompt.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), folder / "model.safetensors")
+    weights = {name: value.half() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    model.load_state_dict(weights)  # what is measured is what is saved
     config = {"width": model.width, "attributes": ATTRIBUTES, "size": shapes.SIDE, "channels": 3}
     write_json(folder / "config.json", config)
     features = torch.cat([model.features(as_images(part)) for part in pictures.split(1000)])

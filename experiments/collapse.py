@@ -1,4 +1,4 @@
-"""Part of docs/results.md: what plain GRPO loses on assets/shapes, attribute by attribute.
+"""The table of docs/shapes.md: what plain GRPO loses on assets/shapes, attribute by attribute.
 
     python experiments/collapse.py            # runs what is missing, then the report
     python experiments/collapse.py --report   # only the report, from the runs there are

@@ -1,10 +1,10 @@
-"""All of docs/results.md that is made of training runs: runs, tables and figures by one command.
+"""All of docs/results.md and docs/shapes.md that is made of training runs, by one command.
 
-    python experiments/results.py               # about three hours on two cores; resumes
+    python experiments/results.py               # about four hours on two cores; resumes
     python experiments/results.py --seeds 1     # one seed of each method: about an hour
     python experiments/results.py --report      # only the tables and figures, from the runs there
 
-The four parts are commands of their own, one after another; each says in its header what it does.
+The five parts are commands of their own, one after another; each says in its header what it does.
 """
 
 import argparse
@@ -21,6 +21,7 @@ PARTS = (
     (["evidence.py", "--reward", "margin"], 3),
     (["distribution.py"], 3),
     (["merging.py"], 3),
+    (["collapse.py"], 3),
 )
 
 
