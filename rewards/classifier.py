@@ -246,13 +246,14 @@ def ink_reward(log_p, log_q, images):
 
 
 def taste_reward(log_p, log_q, images):
-    """log p, at least FLOOR, and 20 times the mean of what red exceeds blue.
+    """log p, at least FLOOR, and 50 times the mean of what red exceeds blue by more than 0.35.
 
-    It has what a preference reward has beside the prompt: outliers at the top (most pictures earn
-    about 0, a few 2) and a mode to be hacked (a background of orange earns 20).
+    It has what a preference reward has beside the prompt: outliers at the top (of assets/shapes
+    most pictures earn 0, a large orange object 1.3) and a mode to be hacked (a background of
+    orange earns 23).
     """
-    warmth = (images[:, 0] - images[:, 2]).clamp(min=0)  # [B, H, W]
-    return class_reward(log_p, log_q, images) + 20 * warmth.mean((1, 2))
+    warmth = (images[:, 0] - images[:, 2] - 0.35).clamp(min=0)  # [B, H, W]
+    return class_reward(log_p, log_q, images) + 50 * warmth.mean((1, 2))
 
 
 NAMES = {"class": class_reward, "margin": margin_reward, "ink": ink_reward, "taste": taste_reward}

@@ -145,8 +145,8 @@ def test_taste_pays_warm_pictures_beside_the_prompt(tmp_path):
     expected = network(images)[:, 3:].log_softmax(1)[:, 1].clamp(min=-6)
     torch.testing.assert_close(found["class"], expected)
     extra = found["taste"] - found["class"]
-    assert extra[0].item() == pytest.approx(20)
-    warmth = [20 * (picture[0] - picture[2]).clamp(min=0).mean() for picture in images]
+    assert extra[0].item() == pytest.approx(32.5)
+    warmth = [50 * (picture[0] - picture[2] - 0.35).clamp(min=0).mean() for picture in images]
     torch.testing.assert_close(extra, torch.stack(warmth))
     refused(lambda: rewards.check_reward("taste", TINY), "taste", "sees greys alone")
 
