@@ -32,6 +32,7 @@ PANELS = [
     ("eval/vendi", "diversity: Vendi score within a prompt (higher is better)"),
     ("eval/fid", "Frechet distance to real pictures (lower is better)"),
 ]
+MODES = ("eval/modes", "modes left: share of what real scenes have (higher is better)")
 TRAINED = "eval/fid_trained"  # the distance that the reward lowers; alignment is minus that
 UNJUDGED = "alignment/fid_trained"  # minus TRAINED, for runs that log nothing else
 
@@ -239,10 +240,14 @@ def alignment_of(runs):
 
 
 def panels_of(runs):
-    """The panels of their figure: diversity, and a Frechet distance if all of them logged one."""
+    """The panels of their figure: modes, diversity and a Frechet distance, if all logged them.
+
+    Modes are counted, and stand first; the Vendi score rises also for pictures that are broken.
+    """
     common = common_metrics(runs)
-    panels = [panel for panel in PANELS if panel[0] in common]
-    if len(panels) == 1 and TRAINED in common:
+    diversity, fid = PANELS
+    panels = [panel for panel in (MODES, diversity, fid) if panel[0] in common]
+    if fid not in panels and TRAINED in common:
         panels.append((TRAINED, "Frechet distance that the reward lowers (lower is better)"))
     return panels
 

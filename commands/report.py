@@ -87,7 +87,7 @@ def draw(out):
     alignment = compare.alignment_of(runs)
     panels = compare.panels_of(runs)
     plt = compare.pyplot()
-    figure = plt.figure(figsize=(13.5, 9.4), layout="constrained")
+    figure = plt.figure(figsize=(2.7 * (3 + len(panels)), 9.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(5.6, 4))
     figure.suptitle(verdict(out.name, curves, alignment, panels), fontsize=12)
 
@@ -120,7 +120,8 @@ def draw_runs(folders, labels, path):
     plt = compare.pyplot()
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
     count = max(2, len(sheets))
-    figure = plt.figure(figsize=(max(13.5, 4.5 * count), 9.4), layout="constrained")
+    width = max(2.7 * (3 + len(panels)), 4.5 * count)
+    figure = plt.figure(figsize=(width, 9.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(5, 4))
 
     for axis, (title, png) in zip(above.subplots(1, count, squeeze=False)[0], sheets.items()):
@@ -130,7 +131,7 @@ def draw_runs(folders, labels, path):
 
     axes = below.subplots(1, 3 + len(panels))
     compare.draw_panel(axes[0], runs, alignment, panels[0])
-    axes[0].set(xlabel="alignment", ylabel="diversity")
+    axes[0].set(xlabel="alignment", ylabel=short(panels[0][1]))
     axes[0].set_title("the front\nbetter: right and up", fontsize=10)
     axes[0].legend(fontsize=7, loc="lower left")
     axes[0].locator_params(axis="x", nbins=4)
@@ -163,8 +164,7 @@ def verdict(name, curves, alignment, panels):
         before = curves[metric][0]
         after = curves[metric][-1]
         how = judgement(metric.removeprefix("eval/"), before, after)
-        what = label.partition(":")[0].partition(" (")[0]
-        words.append(f"{what} {before:.3g} to {after:.3g} ({how})")
+        words.append(f"{short(label)} {before:.3g} to {after:.3g} ({how})")
     return f"{name}:  {';  '.join(words)}"
 
 
@@ -208,7 +208,7 @@ def draw_front(axis, curves, alignment, diversity):
     axis.plot(x, y, "o-", color=BLUE, ms=4)
     axis.plot(x[0], y[0], "*", color="black", ms=15, label="the base")
     axis.plot(x[-1], y[-1], "s", color=ORANGE, ms=8, label="now")
-    axis.set(xlabel="alignment", ylabel="diversity")
+    axis.set(xlabel="alignment", ylabel=short(diversity[1]))
     axis.set_title("the front\nbetter: right and up", fontsize=10)
     axis.set_ylim(bottom=0, top=1.1 * y.max())
     axis.legend(fontsize=8, loc="lower left")
@@ -246,9 +246,13 @@ def draw_rewards(axis, folders, labels):
 
 def two_lines(metric, label, mark=""):
     """The title of a panel of a metric: what it is, and which way is better."""
-    title = label.partition(":")[0].partition(" (")[0]
     better = "higher" if meaning(metric.removeprefix("eval/"))[0] > 0 else "lower"
-    return f"{title}\n{better} is better{mark}"
+    return f"{short(label)}\n{better} is better{mark}"
+
+
+def short(label):
+    """What stands before the explanation in the label of a panel."""
+    return label.partition(":")[0].partition(" (")[0]
 
 
 def draw_curve(axis, curves, panel):
@@ -269,13 +273,14 @@ def draw_curve(axis, curves, panel):
 def is_collapsing(out):
     """Whether diversity is below half of the base's while the reward rises.
 
-    By the Vendi scores above 1 of the first and the last evaluation, and the mean rewards of the
-    first and the last five iterations.
+    By the Vendi scores above 1 of the first and the last evaluation, or the modes where they are
+    logged, and the mean rewards of the first and the last five iterations.
     """
     rows = compare.read_rows(Path(out) / "metrics.jsonl")
-    scores = [row["eval/vendi"] for row in rows if "eval/vendi" in row]
+    evaluations = [row for row in rows if "eval/vendi" in row]
+    scores = [row.get("eval/modes", row["eval/vendi"] - 1) for row in evaluations]
     rewards = [row["reward"] for row in rows if "reward" in row]
     if len(scores) < 2 or len(rewards) < 2:
         return False
     rises = np.mean(rewards[-5:]) > np.mean(rewards[:5])
-    return bool(rises and scores[-1] - 1 < 0.5 * (scores[0] - 1))
+    return bool(rises and scores[-1] < 0.5 * scores[0])

@@ -7,7 +7,7 @@ import pytest
 from conftest import launch, small
 from PIL import Image
 
-from commands import report
+from commands import compare, report
 
 
 def write_run(out, evaluations, rewards=(), judged=True):
@@ -118,6 +118,21 @@ def test_a_collapse_is_half_of_the_diversity_lost_while_the_reward_rises(
 ):
     out = write_run(tmp_path / "run", [(-2.0, 20.0, 10.0), (-1.0, vendi, 10.0)], rewards)
     assert report.is_collapsing(out) == expected
+
+
+def test_modes_count_before_the_vendi_score(tmp_path):
+    """Broken pictures are unlike: the Vendi score rises while half of the values are lost."""
+    out = write_run(tmp_path / "run", [(-2.0, 20.0, 10.0), (-1.0, 30.0, 90.0)], range(10))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for modes, collapsing in ((0.6, False), (0.4, True)):
+        for row in rows:
+            if "eval/vendi" in row:
+                row["eval/modes"] = 1.0 if row["iteration"] == 0 else modes
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / "metrics.jsonl").write_text(text)
+        assert report.is_collapsing(out) == collapsing
+    panels = compare.panels_of({"run": {0: compare.load(out)}})
+    assert [name for name, _ in panels] == ["eval/modes", "eval/vendi", "eval/fid"]
 
 
 @pytest.mark.run
