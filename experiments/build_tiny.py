@@ -311,7 +311,7 @@ def train_recogniser(
         image_size=size,
         patch_size=patch,
         num_labels=sum(len(values) for values in attributes.values()),
-        attributes=attributes,
+        attributes=[[name, values] for name, values in attributes.items()],
     )
     model = ViTForImageClassification(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.05)

@@ -1,8 +1,8 @@
 """A reward by a network of another kind: a vision transformer that reads the same attributes.
 
 The model folder's recogniser/ holds a ViTForImageClassification of transformers (arXiv 2010.11929)
-whose config.json has "attributes", too, as those of classifier.py. It is trained apart from reward/
-and evaluator/:
+whose config.json has "attributes", too, as pairs [name, values], since transformers sorts the names
+of an object, and with them the logits. It is trained apart from reward/ and evaluator/:
     recogniser = max(log p(all that is named | image), FLOOR)
 Its features measure nothing: neither diversity nor the distance to real pictures. So a gain under
 it is not owed to a reward that is the measure. Left out: training it (experiments/).
@@ -29,14 +29,28 @@ def check_recogniser(folder):
         kind = config.get("model_type")
         raise ValueError(f"{folder}: holds a {kind}, not a vit; get a whole copy of the base")
     try:
-        check_attributes(config.get("attributes"))
+        attributes = in_order(config.get("attributes"))
+        check_attributes(attributes)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    values = sum(len(values) for values in config["attributes"].values())
+    values = sum(len(values) for values in attributes.values())
     if len(config.get("id2label", {})) != values:
         raise ValueError(f"{folder}: config.json has {values} values and another number of labels")
     check_regular(folder / "model.safetensors")
-    return {"attributes": config["attributes"], "size": config.get("image_size")}
+    return {"attributes": attributes, "size": config.get("image_size")}
+
+
+def in_order(attributes):
+    """Pairs [name, values] -> {name: values}. An object of one name, or none, is left as it is.
+
+    Raises ValueError for an object of several names: the order of its logits is not known.
+    """
+    if isinstance(attributes, dict) and len(attributes) > 1:
+        raise ValueError("attributes: give pairs [name, values] in the order of the logits")
+    try:
+        return dict(attributes) if isinstance(attributes, list) else attributes
+    except (TypeError, ValueError):
+        raise ValueError("attributes: give pairs [name, values]") from None
 
 
 class Recogniser(nn.Module):

@@ -12,8 +12,10 @@ from prompting import read_prompts
 from rewards import recogniser
 from rewards.classifier import FLOOR
 
-ATTRIBUTES = {"shape": ["ring", "star", "cross"], "size": ["small", "large"]}
-ASKED = [{"shape": "star"}, {"size": "small"}, {"shape": "ring", "size": "large"}]
+# Not in alphabetical order: transformers sorts the names of an object in config.json.
+ATTRIBUTES = {"shape": ["ring", "star", "cross"], "colour": ["red", "blue"]}
+PAIRS = [[name, values] for name, values in ATTRIBUTES.items()]
+ASKED = [{"shape": "star"}, {"colour": "red"}, {"shape": "ring", "colour": "blue"}]
 
 
 def write_recogniser(folder, spread=5.0):
@@ -26,7 +28,7 @@ def write_recogniser(folder, spread=5.0):
         image_size=16,
         patch_size=8,
         num_labels=5,
-        attributes=ATTRIBUTES,
+        attributes=PAIRS,
     )
     torch.manual_seed(0)
     network = transformers.ViTForImageClassification(config).eval()
@@ -43,8 +45,8 @@ def test_the_reward_is_the_log_probability_of_what_is_named(tmp_path):
     with torch.no_grad():
         logits = network(pixel_values=images * 2 - 1).logits
     shape = logits[:, :3].log_softmax(1)
-    size = logits[:, 3:].log_softmax(1)
-    expected = torch.stack([shape[0, 1], size[1, 0], shape[2, 0] + size[2, 1]])
+    colour = logits[:, 3:].log_softmax(1)
+    expected = torch.stack([shape[0, 1], colour[1, 0], shape[2, 0] + colour[2, 1]])
     torch.testing.assert_close(found, expected.clamp(min=FLOOR))
     assert found.min() < -0.1
 
@@ -63,7 +65,9 @@ def test_what_it_reads_is_known_before_it_is_loaded(tmp_path):
         ({"model_type": "resnet"}, "holds a resnet, not a vit"),
         ({"attributes": {"shape": ["ring"]}}, "attributes"),
         ({"attributes": None}, "attributes"),
-        ({"attributes": ATTRIBUTES | {"colour": ["red", "blue"]}}, "7 values"),
+        ({"attributes": ["shape", "colour"]}, "pairs"),
+        ({"attributes": ATTRIBUTES}, "in the order of the logits"),
+        ({"attributes": [*PAIRS, ["size", ["small", "large"]]]}, "7 values"),
     ],
 )
 def test_another_network_is_refused(tmp_path, change, words):

@@ -14,6 +14,7 @@ from conftest import ROOT, launch, launch_process, read_metrics, small
 
 import bases
 import eval as evaluation
+import rewards
 from prompting import read_prompts
 from rewards import metrics
 
@@ -198,6 +199,17 @@ def test_the_judge_finds_nothing_lost_in_fresh_scenes(judge):
     assert scores["accuracy"] > 0.97
     for name in MODES:
         assert scores[name] == pytest.approx(1, abs=0.05), name
+
+
+@is_there
+def test_the_rewards_of_fresh_scenes_are_near_zero():
+    """Networks that read the attributes in another order than they were trained would say no."""
+    prompts = [prompt for prompt in read_prompts(SHAPES / "eval_prompts.jsonl") for _ in range(20)]
+    images = scenes_of(EVAL_NAMED, 20, seed=51)
+    reward = rewards.Reward("class,recogniser", SHAPES)
+    found = reward(images, [prompt.text for prompt in prompts], [p.metadata for p in prompts])
+    for name, values in found.items():
+        assert values.mean() > -0.15, name
 
 
 @is_there
