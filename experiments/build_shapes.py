@@ -47,6 +47,7 @@ from dist_reward import moments  # noqa: E402
 from prompting import read_prompts  # noqa: E402
 from rewards import classifier  # noqa: E402
 from rewards.metrics import mean_distance  # noqa: E402
+from rewards.recogniser import Recogniser  # noqa: E402
 from support.files import to_uint8  # noqa: E402
 
 ATTRIBUTES = shapes.ATTRIBUTES
@@ -384,7 +385,7 @@ def build_recogniser(args, out, test, truth):
     steps = args.recogniser_steps
     model = train_recogniser(draw, ATTRIBUTES, shapes.SIDE, 6, steps, args.seed, device=args.device)
     copy.deepcopy(model).half().save_pretrained(out / "recogniser")
-    print_accuracy("recogniser", lambda x: model(pixel_values=x * 2 - 1).logits, test, truth)
+    print_accuracy("recogniser", Recogniser(out / "recogniser"), test, truth)
 
 
 @torch.inference_mode()
