@@ -94,7 +94,8 @@ def draw(out):
     sheets = above.subplots(1, 2)
     last = int(curves["iteration"][-1])
     draw_sheet(sheets[0], out / "grids" / "00000.png", "before")
-    draw_sheet(sheets[1], out / "grids" / f"{last:05d}.png", f"after {last} iterations")
+    title = f"after {last} iterations: the same noise in the same place"
+    draw_sheet(sheets[1], out / "grids" / f"{last:05d}.png", title)
     write_prompts(sheets[0], out)
 
     axes = below.subplots(1, 3 + len(panels))
@@ -164,7 +165,8 @@ def verdict(name, curves, alignment, panels):
         before = curves[metric][0]
         after = curves[metric][-1]
         how = judgement(metric.removeprefix("eval/"), before, after)
-        words.append(f"{short(label)} {before:.3g} to {after:.3g} ({how})")
+        change = f"{100 * (after / before - 1):+.0f} %, " if before > 0 else ""
+        words.append(f"{short(label)} {before:.3g} to {after:.3g} ({change}{how})")
     return f"{name}:  {';  '.join(words)}"
 
 
@@ -207,9 +209,9 @@ def draw_front(axis, curves, alignment, diversity):
     y = curves[diversity[0]]
     axis.plot(x, y, "o-", color=BLUE, ms=4)
     axis.plot(x[0], y[0], "*", color="black", ms=15, label="the base")
-    axis.plot(x[-1], y[-1], "s", color=ORANGE, ms=8, label="now")
+    axis.plot(x[-1], y[-1], "s", color=BLUE, ms=8, label="now")
     axis.set(xlabel="alignment", ylabel=short(diversity[1]))
-    axis.set_title("the front\nbetter: right and up", fontsize=10)
+    axis.set_title("from the base on\nbetter: right and up", fontsize=10)
     axis.set_ylim(bottom=0, top=1.1 * y.max())
     axis.legend(fontsize=8, loc="lower left")
     axis.locator_params(axis="x", nbins=4)
@@ -264,7 +266,7 @@ def draw_curve(axis, curves, panel):
     axis.plot(curves["iteration"], values, "o-", color=color, ms=4)
     axis.axhline(values[0], color="black", lw=1, ls=":")
     mark = ": GOT WORSE" if how == "worse" else ""
-    axis.set_xlabel("iteration")
+    axis.set_xlabel("iteration (dotted: the base)")
     axis.set_title(two_lines(metric, label, mark), fontsize=10)
     axis.set_ylim(top=1.05 * max(values.max(), 0), bottom=min(0, 1.05 * values.min()))
     axis.grid(alpha=0.3)
