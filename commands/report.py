@@ -159,7 +159,7 @@ def sheets_of(folders):
 
 
 def verdict(name, curves, alignment, panels):
-    """One line: what became of alignment, diversity and the distance to real pictures."""
+    """The headline: what became of alignment, diversity and the distance to real pictures."""
     words = []
     for metric, label in (alignment, *panels):
         before = curves[metric][0]
@@ -167,7 +167,7 @@ def verdict(name, curves, alignment, panels):
         how = judgement(metric.removeprefix("eval/"), before, after)
         change = f"{100 * (after / before - 1):+.0f} %, " if before > 0 else ""
         words.append(f"{short(label)} {before:.3g} to {after:.3g} ({change}{how})")
-    return f"{name}:  {';  '.join(words)}"
+    return f"{name}\n{';  '.join(words)}"
 
 
 def draw_sheet(axis, png, title):
