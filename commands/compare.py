@@ -401,7 +401,7 @@ def shares_of(own, limit):
     words = []
     for values, limits in zip(own, limit):
         share = np.nan
-        if np.isfinite(values).any() and np.isfinite(limits).any():
+        if np.isfinite(values).any() and np.isfinite(limits).any() and np.nanmean(limits):
             share = 100 * np.nanmean(values) / np.nanmean(limits)
         words.append(f"{share:.0f}" if np.isfinite(share) else "-")
     return ", ".join(words)
