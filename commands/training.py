@@ -40,9 +40,9 @@ class Setup:
     null_prompt: tuple  # embeddings of the empty prompt, for guidance
     reward: Reward
     diversity_features: Callable | None  # None: distances between latents
-    components: Components | None  # these, if they are the base's components
     reference_set: ReferenceSet | None  # None: no distribution-wise reward
     base_facts: dict  # what a snapshot says of its base, on the first process
+    components: Components | None = None  # diversity_features, if they are the base's components
 
 
 def open_setup(args, prompts, eval_prompts, device):

@@ -272,7 +272,7 @@ def test_feature_networks_that_the_model_folder_lacks(check, refused, tiny, tmp_
     shutil.copytree(tiny, model)
     shutil.rmtree(model / "evaluator")
     words = "--diversity_features evaluator"
-    choices = "latents, pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"
+    choices = "latents, components, pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL]"
     message = f"{words}: {model} holds no such network; give one of {choices}"
     refused(words, message, model=model)
     check(model=model)  # the rewards judge

@@ -199,6 +199,7 @@ def open_run(out, value=0.0, **changes):
         optimizer=torch.optim.AdamW(trained.values(), lr=0.1),
         averages=Averages(trained, args.ema, with_snapshots=True),
         reference_set=None,
+        components=None,
     )
     return training.Run(args, setup, torch.device("cpu"))
 
