@@ -32,6 +32,7 @@ from commands.picture_sets import stream
 from commands.training import Run, open_setup
 from prompting import draw_prompts, noised_prompt
 from rewards.features import pixels
+from rewards.metrics import evenly
 from sampling import Trajectory, concentrated_subset, log_prob, rollout, seeded_noise
 from shaping import gardo, group_advantage, group_diversity, shaped_returns
 from support import files, flags, guards, processes
@@ -329,13 +330,18 @@ def reference_features(args, setup, step):
 
 @torch.no_grad()
 def base_pixels(args, setup):
-    """Pixels [M, D] of about 2,000 pictures of the base, all prompts in turn."""
-    each = math.ceil(COMPONENT_PICTURES / len(setup.prompts))
-    M = each * len(setup.prompts)
+    """Pixels [M, D] of about 2,000 pictures of the base, equally many of each prompt.
+
+    Of more prompts than that one picture each, of 2,000 at even steps.
+    """
+    chosen = evenly(len(setup.prompts), COMPONENT_PICTURES)
+    prompts = [setup.prompts[number] for number in chosen]
+    each = math.ceil(COMPONENT_PICTURES / len(prompts))
+    M = each * len(prompts)
     key = (COMPONENT_STREAM, args.seed)
     drawn = stream(
         setup.model,
-        setup.prompts,
+        prompts,
         each,
         list(processes.share(M)),
         args.eval_steps,

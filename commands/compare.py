@@ -36,6 +36,10 @@ MODES = ("eval/modes", "modes left: share of what real scenes have (higher is be
 TRAINED = "eval/fid_trained"  # the distance that the reward lowers; alignment is minus that
 UNJUDGED = "alignment/fid_trained"  # minus TRAINED, for runs that log nothing else
 
+# Of Okabe and Ito's palette, which colour-blind readers tell apart.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+COLORS = [BLUE, "#E69F00", "#009E73", "#CC79A7", ORANGE, "#56B4E9", GREY]
+
 # The columns of metrics, by name; others keep their own.
 TITLES = {
     "accuracy": "accuracy",
@@ -363,7 +367,8 @@ def table(runs):
     if tilted:
         columns.append(OF_TILTED)
     lines = ["| " + " | ".join(columns) + " |"]
-    lines.append("|---" * len(columns) + "|")
+    count = len(columns)
+    lines.append("|---" * count + "|")
     for label, seeds in runs.items():
         cells = table_row(label, seeds, plain, corner, metrics, x)
         if tilted:
@@ -471,7 +476,7 @@ def draw_panel(axis, runs, x, y):
         tilted = is_tilted(seeds)
         if tilted and x_metric == "iteration":
             continue
-        color = "black" if tilted else f"C{number}"
+        color = "black" if tilted else COLORS[number % len(COLORS)]
         curves = list(seeds.values())
         levels, values = band(curves, x_metric, y_metric)
         count = "1 seed" if len(curves) == 1 else f"{len(curves)} seeds"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from commands import compare
+from commands.compare import BLUE, COLORS, GREY, ORANGE
 from prompting import read_prompts
 
 # Metric "eval/NAME": (1: higher is better, -1: lower is better; what it is).
@@ -23,10 +24,6 @@ MEANING = {
     "modes": (1, "share that is left of what is open"),
 }
 SMALL = 0.02  # a change of less than this share of the number before is called none
-
-# Of Okabe and Ito's palette, which colour-blind readers tell apart.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-COLORS = [BLUE, "#E69F00", "#009E73", "#CC79A7", ORANGE, "#56B4E9", "black"]
 
 
 def meaning(name):
@@ -119,7 +116,6 @@ def draw_runs(folders, labels, path):
         first_folders.setdefault(label, Path(folder))
     sheets = sheets_of(first_folders)
     plt = compare.pyplot()
-    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
     count = max(2, len(sheets))
     width = max(2.7 * (3 + len(panels)), 4.5 * count)
     figure = plt.figure(figsize=(width, 9.4), layout="constrained")
@@ -236,7 +232,8 @@ def draw_rewards(axis, folders, labels):
         name = common[0] if common else name
     colors = {}
     for label in labels:
-        colors.setdefault(label, GREY if len(folders) == 1 else f"C{len(colors)}")
+        color = COLORS[len(colors) % len(COLORS)]
+        colors.setdefault(label, GREY if len(folders) == 1 else color)
     for rows, label in zip(rewards, labels):
         iterations = [row["iteration"] for row in rows]
         axis.plot(iterations, [row[name] for row in rows], color=colors[label])

@@ -32,6 +32,7 @@ from build_tiny import (  # noqa: E402
     MODEL_INDEX,
     CaptionedPictures,
     build_tokenizer,
+    flow_matching_loss,
     learning_rate,
     new_generator,
     train_generator,
@@ -412,25 +413,20 @@ def build_generator(args, out, vae, latents, facts):
     """Trains the flow in the latents, and writes it and the autoencoder."""
     tokenizer = build_tokenizer(out, shapes.all_words(), TOKENS)
 
-    def caption(random, facts):
-        if data.drawn < FIRST_PART * args.steps * args.batch:
-            return shapes.full_caption(random, facts)
-        return shapes.caption(random, facts)
-
     torch.manual_seed(args.seed)
-    data = CaptionedPictures(latents, facts, caption, tokenizer, args.seed)
+    data = CaptionedPictures(latents, facts, shapes.caption, tokenizer, args.seed)
     model = new_generator(tokenizer, TRANSFORMER)
     learn_places(model["transformer"])
     model = model.to(args.device)
-    average, _ = train_generator(
-        model,
-        data,
-        args.steps,
-        batch=args.batch,
-        peak_lr=1.5e-3,
-        shift=SHIFT,
-        noisy=(NOISY, FIRST_PART),
-    )
+
+    def loss_of(progress):
+        is_first_part = progress < FIRST_PART
+        data.caption = shapes.full_caption if is_first_part else shapes.caption
+        x0, tokens = data.draw(args.batch)
+        noisy = NOISY if is_first_part else 0.0
+        return flow_matching_loss(model, x0, tokens, "float32", SHIFT, noisy)
+
+    average, _ = train_generator(model, loss_of, args.steps, peak_lr=1.5e-3)
     save_generator(out, average.cpu(), vae.cpu())
 
 

@@ -344,7 +344,6 @@ class CaptionedPictures:
         self.caption = caption
         self.tokenizer = tokenizer
         self.tokens = {}  # {caption: tokens [T]}, of those so far
-        self.drawn = 0  # pictures so far
 
     def draw(self, count):
         """-> pictures [count, C, H, W], tokens [count, T].
@@ -352,7 +351,6 @@ class CaptionedPictures:
         A tenth of the captions is empty, for guidance.
         """
         picked = self.rng.integers(len(self.pictures), size=count)
-        self.drawn += count
         tokens = []
         for i in picked:
             text = ""
@@ -409,21 +407,11 @@ def update_average(average, model, step):
         mean.lerp_(parameter, share)
 
 
-def train_generator(
-    model,
-    data,
-    steps,
-    early=math.inf,
-    batch=256,
-    peak_lr=2e-3,
-    shift=1.0,
-    noisy=(0.0, 0.0),
-    precision="float32",
-):
+def train_generator(model, loss_of, steps, early=math.inf, peak_lr=2e-3):
     """Flow matching -> the averaged weights, and those after `early` seconds (None: not reached).
 
-    data.draw(n) -> x_0 [n, C, H, W], tokens [n, T]. Both are a ModuleDict in eval mode. shift: as
-    for flow_matching_loss; noisy: as there, and the part of the training that it is for.
+    loss_of(progress) -> the loss of a batch; progress: the part of the steps that is done, 0 to 1.
+    Both are a ModuleDict in eval mode.
     """
     average = copy.deepcopy(model)
     snapshot = None
@@ -436,8 +424,7 @@ def train_generator(
         lr = learning_rate(step, steps, peak_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        noisy_now = noisy[0] if step < noisy[1] * steps else 0.0
-        loss = flow_matching_loss(model, *data.draw(batch), precision, shift, noisy_now)
+        loss = loss_of(step / steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -577,9 +564,12 @@ def build(args, out):
     facts = list(zip(labels.tolist(), shades.tolist(), widths.tolist()))
     data = CaptionedPictures(images * 2 - 1, facts, caption, tokenizer, args.seed)
     model = new_generator(tokenizer, TRANSFORMER)
-    average, snapshot = train_generator(
-        model, data, args.steps, early=300, precision=faster_precision()
-    )
+    precision = faster_precision()
+
+    def loss_of(progress):
+        return flow_matching_loss(model, *data.draw(256), precision)
+
+    average, snapshot = train_generator(model, loss_of, args.steps, early=300)
     save_generator(out, average)
     if args.early and snapshot:
         early = Path(args.early)
