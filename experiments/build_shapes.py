@@ -89,12 +89,14 @@ TRANSFORMER = {
 GENERATOR_SEED, REWARD_SEED, EVALUATOR_SEED, TEST_SEED, RECOGNISER_SEED = 1, 2, 3, 4, 5
 CROWD_SEED = 6
 
-# Place and colour are decided while a picture is nearly noise: it trains and samples there most.
-# The words for places are learned there alone, and from captions that name everything: so in the
-# first part of the training all do, and half of the times are there.
+# Place and colour are decided while a picture is nearly noise: so it samples there most. The words
+# for places are learned there alone, and from captions that name everything: so in the first part
+# of the training all do, and half of the times are there. The shape is decided later: so are the
+# times of the rest.
 SHIFT = 3.0
 NOISY = 0.5
-FIRST_PART = 0.2
+FIRST_PART = 0.05
+LATER_SHIFT = 1.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,8 +425,9 @@ def build_generator(args, out, vae, latents, facts):
         is_first_part = progress < FIRST_PART
         data.caption = shapes.full_caption if is_first_part else shapes.caption
         x0, tokens = data.draw(args.batch)
-        noisy = NOISY if is_first_part else 0.0
-        return flow_matching_loss(model, x0, tokens, "float32", SHIFT, noisy)
+        if is_first_part:
+            return flow_matching_loss(model, x0, tokens, "float32", SHIFT, NOISY)
+        return flow_matching_loss(model, x0, tokens, "float32", LATER_SHIFT)
 
     average, _ = train_generator(model, loss_of, args.steps, peak_lr=1.5e-3)
     save_generator(out, average.cpu(), vae.cpu())
@@ -473,7 +476,7 @@ def main():
     parser.add_argument("--out", default="assets/shapes", help="folder to write")
     parser.add_argument("--scenes", type=int, default=60000, help="that the generator learns from")
     parser.add_argument("--vae_steps", type=int, default=5500, help="of the autoencoder")
-    parser.add_argument("--steps", type=int, default=6000, help="of the generator")
+    parser.add_argument("--steps", type=int, default=22000, help="of the generator")
     parser.add_argument("--batch", type=int, default=64, help="pictures in one step of it")
     parser.add_argument("--reader_steps", type=int, default=1500, help="of each classifier")
     parser.add_argument("--recogniser_steps", type=int, default=2500, help="of the recogniser")

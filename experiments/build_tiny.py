@@ -416,7 +416,7 @@ def train_generator(model, loss_of, steps, early=math.inf, peak_lr=2e-3):
     average = copy.deepcopy(model)
     snapshot = None
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01
+        model.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     start = time.time()
     bar = tqdm(range(steps), desc="generator", mininterval=5)
