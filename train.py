@@ -41,7 +41,7 @@ from support.sharding import clip_gradients
 # Each purpose draws from its own stream of noise; 2 is the evaluation's, 4 to 7 are merge.py's.
 ROLLOUT_STREAM, REFERENCE_STREAM, ORDER_STREAM, COMPONENT_STREAM = 0, 1, 3, 8
 
-COMPONENT_PICTURES = 2000  # of the base, to which --diversity_features components is fitted
+COMPONENT_PICTURES = 2000  # of the base, to which the features `components` are fitted
 
 # Shapes: P prompts an iteration, N rollouts a prompt, K of them kept, W stochastic steps,
 #         B rollouts of this process, F features of a picture, D numbers in a latent.
@@ -64,7 +64,7 @@ class Args:
     seed: int = 0
     """of prompts and noise in training"""
     drift: Literal["on", "off"] = "on"
-    """off: plain GRPO, that is --select all --prompt_noise 0 --diversity 0"""
+    """off: plain GRPO, that is --select all --prompt_noise 0 --diversity 0 --fid 0"""
     dry_run: bool = False
     """print configuration and sizes, and stop"""
     check: bool = False
@@ -86,9 +86,13 @@ class Args:
     guidance: float = 1.0
     """classifier-free guidance, in training and evaluation"""
 
-    # distribution-wise reward, if --reward names fid or kid
-    features: str = "reward"
-    """reward, evaluator, pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function"""
+    # distribution-wise reward
+    fid: float = 0.3
+    """weight of the FID beside the reward (0: none), where --reward names neither fid nor kid"""
+    features: str = ""
+    """where it is measured: components, of the base's own pictures, which are then the target;
+    reward, evaluator, pixels, inception:FILE, dinov2[:MODEL], clip[:MODEL], module:function
+    (default: components, or reward where --target is given or --reward names fid or kid)"""
     target: str = ""
     """real pictures: .npz of mu and sigma, folder or idx file (default: the model folder's own)"""
     price: Literal["potential", "exact"] = "potential"
@@ -107,7 +111,7 @@ class Args:
     """rollouts kept of each group, unless all are"""
 
     # DRIFT (ii): prompt noise
-    prompt_noise: float = 0.5
+    prompt_noise: float = 0.0
     """scale s of the noise on the prompt embedding (0: off)"""
     tau1: float = 0.6
     """no noise when less than this fraction of the steps is left"""
@@ -117,11 +121,10 @@ class Args:
     """how far the noised embedding is rescaled to its own mean and std"""
 
     # DRIFT (iii): diversity shaping
-    diversity: float = 0.5
+    diversity: float = 0.2
     """weight of the shaped diversity beside the normalised reward (0: off)"""
-    diversity_features: str = ""
-    """where distances are measured: latents, components (of the base's own pictures), or whatever
-    --features takes (default: reward where the model folder has that classifier, else pixels)"""
+    diversity_features: str = "components"
+    """where distances are measured: latents, or whatever --features takes"""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """distance of two rollouts"""
     nearest: int = 3
@@ -338,7 +341,7 @@ def base_pixels(args, setup):
     prompts = [setup.prompts[number] for number in chosen]
     each = math.ceil(COMPONENT_PICTURES / len(prompts))
     M = each * len(prompts)
-    key = (COMPONENT_STREAM, args.seed)
+    key = (COMPONENT_STREAM, args.eval_seed)  # runs of all seeds share them, as judges
     drawn = stream(
         setup.model,
         prompts,

@@ -78,6 +78,7 @@ LIMITS = {
     "tau2": WEIGHT,
     "psi": (0, 1),
     "diversity": WEIGHT,
+    "fid": WEIGHT,
     "nearest": COUNT_OR_NONE,
     "gamma": (0, 1),
     "kl": WEIGHT,
@@ -143,10 +144,11 @@ IDLE = (
 # The switches that are no flag of that value, in words.
 SWITCHED = {
     "optimizer steps": "--updates and --passes are 1: the ratio of the only step is 1",
-    "fid or kid": "--reward names neither fid nor kid",
+    "fid or kid": "--fid is 0 and --reward names neither fid nor kid",
     "lora": "--lora is given: a LoRA learns in attention and feed-forward",
 }
-PLAIN_GRPO = {"select": "all", "prompt_noise": 0.0, "diversity": 0.0}  # what --drift off sets
+# What --drift off sets.
+PLAIN_GRPO = {"select": "all", "prompt_noise": 0.0, "diversity": 0.0, "fid": 0.0}
 
 # Flags that merge.py and eval.py commands use.
 MERGE_USES = {
@@ -334,17 +336,19 @@ def check(args, default):
         args = dataclasses.replace(args, keep=args.group_size)
 
     check_limits(args, LIMITS)
+    named = args.reward
+    args = with_fid(args, changed)
     check_idle(args, changed)
     check_sizes(args)
     check_device(args)
     folder = bases.check(args.model)
-    if not args.diversity_features:
-        chosen = "reward" if (folder / "reward").is_dir() else "pixels"
-        args = dataclasses.replace(args, diversity_features=chosen)
+    if not args.features:
+        chosen = "components" if args.fid and not args.target else "reward"
+        args = dataclasses.replace(args, features=chosen)
     check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
     compiling.check_sizes(args, process_count(), stochastic_steps(args))
     check_guide(args)
-    check_reward(args.reward, folder)
+    check_reward(named, folder)
     check_networks(args, folder)
     args, prompts, eval_prompts = check_prompts(args, default, folder)
     check_shard(args, process_count())
@@ -353,6 +357,23 @@ def check(args, default):
     trackers.check(args.tracker, args.out)
     say_cut_prompts(args.model, args.reward, prompts, eval_prompts)
     return args, prompts, eval_prompts
+
+
+def with_fid(args, changed):
+    """The flags with the FID of --fid in --reward, where that names no fid or kid of its own.
+
+    changed {flag: value}: those that are not at their defaults.
+    """
+    named = prices_sets(args.reward)
+    need(
+        not (named and args.fid and "fid" in changed),
+        f"--fid {args.fid}: --reward {args.reward} has a weight of its own; leave out one of them",
+    )
+    if named:
+        return dataclasses.replace(args, fid=0.0)
+    if not args.fid:
+        return args
+    return dataclasses.replace(args, reward=f"{args.reward},fid:{args.fid:g}")
 
 
 def check_contradictions(args, changed):
@@ -484,10 +505,17 @@ def check_networks(args, folder):
 
 def check_distribution(args, folder):
     """What a distribution-wise reward needs: features, target, sizes."""
-    D = check_features(args.features, folder)
-    target = target_path(args.target, args.features, folder)
-    side = seen_side(args.features, folder)
-    check_target(target, D, need_pictures="kid" in parse(args.reward), side=side)
+    if args.features == "components":
+        need(
+            not args.target and "kid" not in parse(args.reward),
+            "--features components: the target is the base's own moments, so leave out --target "
+            "and kid, or name other --features",
+        )
+    else:
+        D = check_features(args.features, folder)
+        target = target_path(args.target, args.features, folder)
+        side = seen_side(args.features, folder)
+        check_target(target, D, need_pictures="kid" in parse(args.reward), side=side)
     if args.features == "evaluator":  # then the reward's classifier judges
         check_judge(folder / "reward")
     rollouts = args.prompts_per_step * args.group_size
@@ -624,7 +652,7 @@ def check_search(args, default, folder):
         value = getattr(args, name)
         need(
             prices or value == getattr(default, name),
-            f"--{name} {value}: means nothing where {SWITCHED['fid or kid']}",
+            f"--{name} {value}: means nothing where --reward names neither fid nor kid",
         )
     if prices:
         D = check_features(args.features, folder)

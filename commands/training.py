@@ -19,7 +19,7 @@ from commands import report
 from rewards import DISTRIBUTION, Reward, parse, readers
 from rewards.classifier import check_classifier
 from rewards.features import TINY, Components, load_features
-from rewards.targets import ReferenceSet, open_reference_set
+from rewards.targets import ReferenceSet, open_reference_set, own_reference_set
 from sampling import Policy
 from support import compiling, files, flags, guards, processes, trackers
 from support.averages import Averages
@@ -42,7 +42,7 @@ class Setup:
     diversity_features: Callable | None  # None: distances between latents
     reference_set: ReferenceSet | None  # None: no distribution-wise reward
     base_facts: dict  # what a snapshot says of its base, on the first process
-    components: Components | None = None  # diversity_features, if they are the base's components
+    components: Components | None = None  # of the base's own pictures, where any features are
 
 
 def open_setup(args, prompts, eval_prompts, device):
@@ -63,16 +63,19 @@ def open_setup(args, prompts, eval_prompts, device):
             compiling.check_gradients(model, model.encode(texts[:1]), trained.values())
         reward = Reward(args.reward, model.folder, device, args.reward_batch or args.batch)
         components = None
+        if "components" in (args.diversity_features, args.features):
+            components = Components(blank_of(model))
         diversity_features = None
         if args.diversity_features == "components":
-            components = Components(blank_of(model))
             diversity_features = components
         elif args.diversity_features != "latents":
             diversity_features = load_features(
                 args.diversity_features, model.folder, device, "diversity_features"
             )
         reference_set = None
-        if reward.distribution:
+        if reward.distribution and args.features == "components":
+            reference_set = own_reference_set(components, args.reference)
+        elif reward.distribution:
             reference_set = empty_reference_set(args, model, reward.distribution)
         null_prompt = model.encode([""])
         policy = policy_of(args, model)
@@ -248,7 +251,7 @@ class Run:
         if report.is_collapsing(self.out):
             guards.warn(
                 "the diversity is below half of the base's while the reward rises: a collapse has "
-                "begun; what helps: --diversity 0.5, --kl 0.1, --reward class:1,fid:0.3"
+                "begun; what helps: --fid 0.3, --diversity 0.2, --kl 0.1"
             )
 
     def watch(self, groups):

@@ -3,11 +3,10 @@
     python experiments/collapse.py            # runs what is missing, then the report
     python experiments/collapse.py --report   # only the report, from the runs there are
 
-Plain GRPO, DRIFT's default, and shaping in components of the base's own pictures with the FID
-beside the reward, each under four rewards. A cell of the table is the effective number of values
-that what a prompt leaves open still has, over that of real scenes (eval/modes); 1 means that
-nothing is lost. The figure has each attribute over the iterations, the sheet the same noise before
-and after. Two runs of one thread each go on at a time; the same command resumes.
+Plain GRPO and the default, each under four rewards. A cell of the table is the effective number of
+values that what a prompt leaves open still has, over that of real scenes (eval/modes); 1 means
+that nothing is lost. The figure has each attribute over the iterations, the sheet the same noise
+before and after. Two runs of one thread each go on at a time; the same command resumes.
 """
 
 import argparse
@@ -20,16 +19,7 @@ from shapes import ATTRIBUTES
 from commands import compare
 
 REWARDS = ("class", "margin", "taste", "recogniser")
-METHODS = {
-    "plain GRPO": {"drift": "off"},
-    "DRIFT, the default": {},
-    "components and the FID": {
-        "prompt_noise": 0,
-        "diversity_features": "components",
-        "diversity": 0.2,
-        "fid": 0.3,
-    },
-}
+METHODS = {"plain GRPO": {"drift": "off"}, "the default": {}}
 COMMON = {"model": "assets/shapes", "save_every": 60, "snapshot_every": 0}
 LOST = 0.9  # an attribute has lost a tenth of its values
 NAMES = ("modes", *(f"modes_{name}" for name in ATTRIBUTES))
@@ -43,10 +33,8 @@ def jobs_of(out, seeds):
         for method, flags in METHODS.items():
             for reward in REWARDS:
                 folder = out / f"{reward}-{method}-{seed}"
-                own = COMMON | flags | {"seed": seed, "precision": precision}
-                fid = own.pop("fid", 0)
-                own["reward"] = f"{reward}:1,fid:{fid}" if fid else reward
-                jobs[reward, method, seed] = (folder, own, 1)
+                own = {"seed": seed, "reward": reward, "precision": precision}
+                jobs[reward, method, seed] = (folder, COMMON | flags | own, 1)
     return jobs
 
 

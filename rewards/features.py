@@ -6,8 +6,8 @@
     dinov2[:MODEL]      the class token, D = 1024: FD-DINOv2 (arXiv 2306.04675)
     clip[:MODEL]        the image embedding, D = 768
     module:function     your own
-    components          of --diversity_features alone: 64 principal components of the pixels of the
-                        base's own pictures, so that any base has a space of its own, D = 64
+    components          of train.py alone: 64 principal components of the pixels of the base's own
+                        pictures, so that any base has a space of its own, D = 64
 MODEL is a hub id or a folder. Left out: the networks themselves, which are libraries' or files'.
 """
 
@@ -132,21 +132,33 @@ class Components:
     def __init__(self, blank):
         """blank: one picture [1, 3, H, W] as the base makes them."""
         D = pixels(blank).shape[1]
+        K = min(COMPONENTS, D)
         self.mean = torch.zeros(D, device=blank.device)
-        self.basis = torch.zeros(D, min(COMPONENTS, D), device=blank.device)
+        self.basis = torch.zeros(D, K, device=blank.device)
+        self.std = torch.ones(K, device=blank.device)
 
     def fit(self, base_pixels):
         """base_pixels [M, D]: those of M of the base's pictures."""
         mean, basis = principal_components(base_pixels, self.basis.shape[1])
         self.mean.copy_(mean)
         self.basis.copy_(basis)
+        std = ((base_pixels - self.mean) @ self.basis).std(0)
+        self.std.copy_(std.clamp(min=0.01 * std.max()))  # 0 for what the base never does
 
     def __call__(self, images):
         return (pixels(images) - self.mean) @ self.basis
 
+    def whitened(self, images):
+        """In units of their std, so that the base's own pictures have mean 0 and covariance 1."""
+        return self(images) / self.std
+
     def state(self):
         """The tensors that a checkpoint holds."""
-        return {"components.mean": self.mean, "components.basis": self.basis}
+        return {
+            "components.mean": self.mean,
+            "components.basis": self.basis,
+            "components.std": self.std,
+        }
 
 
 def principal_components(features, count):

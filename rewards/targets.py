@@ -459,3 +459,12 @@ def open_reference_set(kind, spec, target, folder, size, blank):
     else:
         members = SubsetReplace(empty, mu, sigma)
     return ReferenceSet(members, network, (mu, sigma))
+
+
+def own_reference_set(components, size):
+    """The reward fid to the base itself, in its own components -> ReferenceSet."""
+    D = components.basis.shape[1]
+    device = components.basis.device
+    target = torch.zeros(D, device=device).double(), torch.eye(D, device=device).double()
+    members = SubsetReplace(torch.zeros(size, D, device=device), *target)
+    return ReferenceSet(members, components.whitened, target)

@@ -26,7 +26,8 @@ torch.set_num_threads(1)
 SMALL = (
     "--device cpu --iterations 2 --prompts_per_step 2 --group_size 4 --select window --keep 3 "
     "--steps 4 --window 0:2 --updates 2 --nearest 2 --lr 0.001 --warmup 0 --eval_images 20 "
-    "--eval_steps 2 --eval_every 1 --save_every 1 --snapshot_every 0"
+    "--eval_steps 2 --eval_every 1 --save_every 1 --snapshot_every 0 --fid 0 "
+    "--diversity_features reward"
 ).split()
 
 

@@ -72,7 +72,7 @@ REFUSED = {
     "--window 3": "--window 3: write first:end, as in 0:4",
     "--updates 5": "--updates 5: does not divide the 12 (rollout, step) pairs",
     "--ema 1": "--ema 1.0: must be a finite number from 0 to 0.9999",
-    "--tau1 0.8 --tau2 0.8": "--tau1 0.8: must be below --tau2 0.8",
+    "--prompt_noise 0.5 --tau1 0.8 --tau2 0.8": "--tau1 0.8: must be below --tau2 0.8",
     "--eval_images 25": "--eval_images 25: must be a multiple of the 10 prompts of",
     "--eval_images 10": "2 each at least; take 20",
     "--eval_images 32": "take 30 or 40",
@@ -81,7 +81,10 @@ REFUSED = {
     "--drift off --select spread": "--select spread: --drift off would switch it off",
     "--reward fid --reference 24 --replace 2": "--replace 2: means nothing where --price is",
     "--lora 4 --train all": "--train all: means nothing where --lora is given: a LoRA",
-    "--target {tmp}": ": means nothing where --reward names neither fid nor kid",
+    "--target {tmp}": ": means nothing where --fid is 0 and --reward names neither fid nor kid",
+    "--reward class,fid --fid 0.5": "--fid 0.5: --reward class,fid has a weight of its own",
+    "--fid 0.3 --features components --target {tmp}": "the target is the base's own moments",
+    "--reward class,kid --features components": "leave out --target and kid",
     "--drift off --select all": "--keep 3: means nothing where --select is all, as --drift off",
     "--reward fid --reference 7": "--reference 7: must hold the 8 rollouts of an iteration",
     "--reward fid --price exact --replace 3": "--replace 3: does not divide --prompts_per_step 2",
@@ -120,9 +123,9 @@ def test_a_right_command_line_is_accepted_and_completed(check, tiny):
 # Another value of each flag of checks.IDLE, and what it needs besides.
 GIVEN = {
     "keep": "--keep 3 --select window",
-    "tau1": "--tau1 0.5",
-    "tau2": "--tau2 1.0",
-    "psi": "--psi 0.5",
+    "tau1": "--tau1 0.5 --prompt_noise 0.5",
+    "tau2": "--tau2 1.0 --prompt_noise 0.5",
+    "psi": "--psi 0.5 --prompt_noise 0.5",
     "success": "--no-success",
     "gamma": "--gamma 0.9",
     "terminal": "--terminal zero",
@@ -297,7 +300,8 @@ def test_the_default_flags_run_on_a_base_without_classifiers(tiny, tmp_path):
     out = str(tmp_path / "run")
     plain = train.Args(model=str(model), prompts=str(prompts), reward="jpeg", out=out)
     args, _, eval_prompts = checks.check(plain, train.Args())
-    assert args.diversity_features == "pixels"
+    assert (args.diversity_features, args.features) == ("components", "components")
+    assert args.reward == "jpeg,fid:0.3"
     assert args.eval_images == 658 and len(eval_prompts) == 47  # the default is 640
     with pytest.raises(ValueError, match="take 611 or 658"):
         given = dataclasses.replace(plain, eval_images=650)
@@ -413,16 +417,29 @@ def test_a_run_folder_of_another_configuration(check, refused, tmp_path, words):
     check(out=tmp_path / "moved")
 
 
-def test_a_run_of_before_diversity_features_had_no_default_goes_on(check, tmp_path):
+def test_a_run_of_before_there_was_a_flag_goes_on(check, tmp_path):
     out = tmp_path / "old"
     out.mkdir()
     args, *_ = check(out=out)
-    assert args.diversity_features == "reward"
-    saved = vars(args) | {"diversity_features": "reward"}
+    saved = vars(args).copy()
     del saved["check"]
     (out / "config.json").write_text(json.dumps(saved))
     check(out=out)
-    check("--diversity_features reward", out=out)
+
+
+def test_the_fid_stands_beside_any_reward_that_names_none(tiny, tmp_path):
+    def checked(**flags):
+        given = train.Args(model=str(tiny), out=str(tmp_path / "run"), **flags)
+        args, *_ = checks.check(given, train.Args())
+        return args.reward, args.fid, args.features
+
+    assert checked() == ("class:1,fid:0.3", 0.3, "components")
+    assert checked(reward="margin", fid=0.5) == ("margin,fid:0.5", 0.5, "components")
+    assert checked(features="reward") == ("class:1,fid:0.3", 0.3, "reward")
+    real = str(tiny / "reward" / "real.npz")
+    assert checked(target=real) == ("class:1,fid:0.3", 0.3, "reward")
+    assert checked(reward="class,fid:2") == ("class,fid:2", 0.0, "reward")
+    assert checked(drift="off") == ("class:1", 0.0, "reward")
 
 
 def test_a_default_that_is_filled_in_is_not_in_the_name_of_the_run(tiny, tmp_path, monkeypatch):

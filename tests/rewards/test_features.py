@@ -24,6 +24,7 @@ from rewards.features import (
     pixels,
     principal_components,
 )
+from rewards.targets import own_reference_set
 
 # --------------------------------------------------------------------------------------------------
 # The model folder's own networks.
@@ -508,7 +509,7 @@ def test_features_that_do_not_exist(own, spec, naming):
     refused(lambda: check_features(spec, TINY, flag), f"--diversity_features {spec}: ")
 
 
-def test_components_are_for_the_diversity_alone():
+def test_components_are_for_the_diversity_and_not_read_from_a_folder():
     assert check_features("components", TINY, "diversity_features") is None
     refused(lambda: check_features("components", TINY), "--features components: none of")
 
@@ -572,3 +573,28 @@ def test_the_components_of_pictures_do_not_see_what_the_base_never_draws():
     for name, tensor in restored.state().items():
         tensor.copy_(components.state()[name])
     assert torch.equal(restored(images), components(images))
+    assert torch.equal(restored.whitened(images), components.whitened(images))
+
+
+def test_whitened_the_base_has_mean_0_and_covariance_1_and_is_its_own_target():
+    images = torch.rand(500, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = images * torch.linspace(0.2, 1.0, 8)  # columns of other contrast
+    components = Components(images[:1])
+    components.fit(pixels(images))
+    mu, sigma = moments(components.whitened(images))
+    torch.testing.assert_close(mu, torch.zeros(64).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sigma, torch.eye(64).double(), atol=1e-4, rtol=0)
+
+    own = own_reference_set(components, 500)
+    own.members.refresh(own.features(images))
+    assert own.members.fid() == pytest.approx(0, abs=1e-6)
+    own.members.refresh(own.features(images[:1].expand(500, 3, 8, 8)))
+    assert own.members.fid() > 60  # all 64 variances are lost
+
+
+def test_what_the_base_never_does_is_no_infinite_surprise():
+    images = torch.zeros(50, 3, 4, 4)
+    images[:, 0, 0, 0] = torch.linspace(0, 1, 50)
+    components = Components(images[:1])
+    components.fit(pixels(images))
+    assert components.whitened(torch.ones(2, 3, 4, 4)).abs().max() < 1000
