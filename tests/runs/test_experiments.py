@@ -324,14 +324,14 @@ def test_the_evidence_reports_its_runs(home, call, capsys):
     for seed in range(2):
         start = 10 * (1 + seed)
         write_finished_run(home / "runs" / f"plain GRPO-{seed}", 0.2, (start, 0.5 * start))
-        write_finished_run(home / "runs" / f"DRIFT, all three-{seed}", 0.2, (start, 0.9 * start))
+        write_finished_run(home / "runs" / f"DRIFT (i) to (iii)-{seed}", 0.2, (start, 0.9 * start))
     write_finished_run(home / "runs" / "KL 0.1-5", 0.2, (1, 1))  # not of these seeds
     call(evidence, "--report", "--seeds", 2, "--out", "runs")
     rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert {"plain GRPO", "DRIFT, all three"} <= rows.keys()
+    assert {"plain GRPO", "DRIFT (i) to (iii)"} <= rows.keys()
     assert "KL 0.1" not in rows
     assert "+0.0 +- 0.0" in rows["plain GRPO"]
-    assert "+80.0 +- 0.0" in rows["DRIFT, all three"]
+    assert "+80.0 +- 0.0" in rows["DRIFT (i) to (iii)"]
     assert (home / "docs" / "evidence.png").stat().st_size > 10000
 
 
