@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
 
 import dist_reward
 import eval as evaluation
@@ -341,19 +342,18 @@ def base_pixels(args, setup):
     prompts = [setup.prompts[number] for number in chosen]
     each = math.ceil(COMPONENT_PICTURES / len(prompts))
     M = each * len(prompts)
+    mine = list(processes.share(M))
+    most = math.ceil(M / processes.world())
+    numbers = mine + mine[-1:] * (most - len(mine))  # equal work, which --shard needs
     key = (COMPONENT_STREAM, args.eval_seed)  # runs of all seeds share them, as judges
-    drawn = stream(
-        setup.model,
-        prompts,
-        each,
-        list(processes.share(M)),
-        args.eval_steps,
-        args.guidance,
-        key,
-        args.batch,
-    )
-    parts = [pixels(images) for _, images in drawn]
-    return processes.gather(torch.cat(parts), M)
+    steps, guidance = args.eval_steps, args.guidance
+    drawn = stream(setup.model, prompts, each, numbers, steps, guidance, key, args.batch)
+    parts = []
+    with tqdm(total=most, disable=processes.rank() > 0, desc="pictures of the base") as bar:
+        for some, images in drawn:
+            parts.append(pixels(images))
+            bar.update(len(some))
+    return processes.gather(torch.cat(parts)[: len(mine)], M)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,8 +8,15 @@ against=${2:-tiny,sd15,sd35}
 cd "$(dirname "$0")/.." || exit 1
 export HF_HUB_OFFLINE=1
 out=$(mktemp -d)
-finish() { kill $(jobs -p) 2>/dev/null; rm -r "$out"; }
+finish() { kill $(jobs -p) 2>/dev/null; rm -rf "$out"; }
 trap finish EXIT
+
+# At most $1 seconds; what a stopped command leaves in its scratch folder, gigabytes, is removed.
+stage() {
+    mkdir "$out/scratch"
+    TMPDIR="$out/scratch" timeout "$@"
+    rm -rf "$out/scratch"
+}
 
 # Memory is counted on the CPU meanwhile.
 for base in sd15 sdxl sd35-512; do
@@ -23,13 +30,13 @@ python train.py --out "$out/default" | tail -n 12
 echo "$((SECONDS - start)) s"
 
 echo "== three updates at published sizes"
-timeout 200 python experiments/real_sizes.py --bases "$real"
+stage 200 python experiments/real_sizes.py --bases "$real"
 
 echo "== against a plain loop"
-timeout 150 python experiments/speed.py --bases "$against" --processes 0 --repeats 2 --guidance 4
+stage 150 python experiments/speed.py --bases "$against" --processes 0 --repeats 2 --guidance 4
 
 echo "== all weights, and compiled"
-timeout 150 python experiments/real_sizes.py --bases "${real%%,*}" --more
+stage 150 python experiments/real_sizes.py --bases "${real%%,*}" --more
 
 echo "== memory, counted"
 cat "$out"/*.txt

@@ -1,6 +1,7 @@
 """The mathematics of the update: clipped loss, KL, minibatches and credit, as pure functions."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import train
 from sampling import concentrated_subset
 from shaping import group_advantage
+from support import processes
 from train import Args, Groups, clipped_loss, gaussian_kl, minibatches
 
 
@@ -227,3 +229,31 @@ def test_the_learning_rate_rises_over_the_warmup_and_stays():
         train.set_learning_rate(Args(lr=1.0, warmup=4), optimizer, iteration)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == [0.25, 0.5, 1.0, 1.0]
+
+
+# --------------------------------------------------------------------------------------------------
+# The base's own pictures.
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_processes_draw_equally_many_of_the_bases_pictures(monkeypatch, world):
+    """Picture i is grey of brightness i / 10; all are there once, in order."""
+    drawn = []
+
+    def draw(model, prompts, each, numbers, *rest):
+        drawn.append(numbers)
+        brightness = torch.tensor(numbers) / 10
+        yield torch.tensor(numbers), brightness.reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+    monkeypatch.setattr(train, "stream", draw)
+    monkeypatch.setattr(train, "COMPONENT_PICTURES", 9)
+    monkeypatch.setattr(processes, "world", lambda: world)
+    monkeypatch.setattr(processes, "gather", lambda rows, n: rows)
+    setup = SimpleNamespace(model=None, prompts=["a bag", "a coat"])  # five pictures of each
+    parts = []
+    for rank in range(world):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        parts.append(train.base_pixels(Args(), setup))
+    expected = (torch.arange(10) / 10 - 0.5)[:, None].expand(10, 12)
+    torch.testing.assert_close(torch.cat(parts), expected)
+    assert len({len(numbers) for numbers in drawn}) == 1
