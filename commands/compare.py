@@ -1,7 +1,8 @@
 """Comparing runs of train.py: at equal alignment, since a more diverse run may have learned less.
 
-Alignment is the evaluator's log-probability, diversity its Vendi score within a prompt, both from
-the evaluations in metrics.jsonl. Runs of a base without an evaluator are compared by what they
+Alignment is the evaluator's log-probability, diversity its Vendi score within a prompt, or in the
+gains the modes that are left where they can be counted (assets/shapes): a Vendi score rises for
+broken pictures, too. All are from the evaluations in metrics.jsonl. Runs of a base without an evaluator are compared by what they
 logged: alignment is then a reward that all of them trained on, and diversity is measured in
 --diversity_features. The front of a run is, at each alignment a, the largest diversity
 that its curve shows at alignment a or more (linear between evaluations).
@@ -356,6 +357,7 @@ def table(runs):
     x, description = alignment_of(runs)
     is_judged = x == ALIGNMENT[0]
     metrics = common_metrics(runs)
+    axes = (x, MODES[0] if MODES[0] in metrics else "eval/vendi")
     if is_judged:
         metrics = [f"eval/{name}" for name in TITLES if f"eval/{name}" in metrics]
     starts = [curve[x][0] for seeds in runs.values() for curve in seeds.values()]
@@ -370,10 +372,12 @@ def table(runs):
     count = len(columns)
     lines.append("|---" * count + "|")
     for label, seeds in runs.items():
-        cells = table_row(label, seeds, plain, corner, metrics, x)
+        cells = table_row(label, seeds, plain, corner, metrics, axes)
         if tilted:
-            cells.append(shares_of(gains(seeds, plain, x), gains(tilted, plain, x)))
+            cells.append(shares_of(gains(seeds, plain, *axes), gains(tilted, plain, *axes)))
         lines.append("| " + " | ".join(cells) + " |")
+    if MODES[0] in axes:
+        lines.append("Diversity, in the gains, is the modes that are left.")
     if not is_judged:
         lines.append(f"No evaluator judges these runs. {description[0].upper()}{description[1:]}.")
     return "\n".join(lines)
@@ -393,11 +397,11 @@ def is_collapsed(curve, is_judged):
     return bool(curve["eval/vendi"][-1] < limit)
 
 
-def gains(seeds, plain, x):
+def gains(seeds, plain, x, diversity):
     """The three gains of a label's runs over the plain runs of the same seeds -> three lists."""
     pairs = [(curve, plain[seed]) for seed, curve in seeds.items() if seed in plain]
-    at_alignment = [gain_at_equal_alignment(*pair, x=x) for pair in pairs]
-    at_diversity = [gain_at_equal_diversity(*pair, x=x) for pair in pairs]
+    at_alignment = [gain_at_equal_alignment(*pair, diversity, x) for pair in pairs]
+    at_diversity = [gain_at_equal_diversity(*pair, diversity, x) for pair in pairs]
     return [mean for mean, _ in at_alignment], [top for _, top in at_alignment], at_diversity
 
 
@@ -412,8 +416,9 @@ def shares_of(own, limit):
     return ", ".join(words)
 
 
-def table_row(label, seeds, plain, corner, metrics, x):
-    """The cells of one label: its metrics, and its gains by the alignment x."""
+def table_row(label, seeds, plain, corner, metrics, axes):
+    """The cells of one label: its metrics, and its gains; axes: metrics (alignment, diversity)."""
+    x, _ = axes
     curves = list(seeds.values())
     is_judged = x == ALIGNMENT[0]
     has_collapsed = any(is_collapsed(curve, is_judged) for curve in curves)
@@ -423,7 +428,7 @@ def table_row(label, seeds, plain, corner, metrics, x):
         final = [curve[name][-1] for curve in curves]
         cells.append(spread(final, scale=1, digits=3, sign=""))
 
-    cells += [spread(values) for values in gains(seeds, plain, x)]
+    cells += [spread(values) for values in gains(seeds, plain, *axes)]
     volumes = [hypervolume(curve[x], curve["eval/vendi"], corner) for curve in curves]
     cells.append(spread(volumes, scale=1, digits=3, sign=""))
     minutes = [curve.get("minutes", np.nan) for curve in curves]

@@ -114,6 +114,17 @@ def test_the_gains_stand_beside_those_of_the_tilted_base():
     assert at_alignment == pytest.approx(100 * 4 / 6, abs=2)
 
 
+def test_where_modes_are_counted_the_gains_are_in_them():
+    """Both runs rise alike; the protected one keeps twice the modes, and half of the Vendi score."""
+    plain = curve([-2, -1], [10, 20], **{"eval/modes": [1.0, 0.4]})
+    ours = curve([-2, -1], [10, 10], **{"eval/modes": [1.0, 0.8]})
+    text = compare.table({"plain": {0: plain}, "ours": {0: ours}})
+    head, _, _, row, last = text.splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | ")))
+    assert cells["at the highest, %"] == "+100.0"
+    assert last == "Diversity, in the gains, is the modes that are left."
+
+
 def test_a_run_that_never_rises_has_no_gain():
     plain = curve([-1, -0.5], [20, 10])
     flat = curve([-1, -1.2, -1.1], [20, 25, 30])
