@@ -96,7 +96,7 @@ CROWD_SEED = 6
 SHIFT = 3.0
 NOISY = 0.5
 FIRST_PART = 0.05
-LATER_SHIFT = 1.0
+LATER_SHIFT = 1.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ def main():
     parser.add_argument("--out", default="assets/shapes", help="folder to write")
     parser.add_argument("--scenes", type=int, default=60000, help="that the generator learns from")
     parser.add_argument("--vae_steps", type=int, default=5500, help="of the autoencoder")
-    parser.add_argument("--steps", type=int, default=22000, help="of the generator")
+    parser.add_argument("--steps", type=int, default=20000, help="of the generator")
     parser.add_argument("--batch", type=int, default=64, help="pictures in one step of it")
     parser.add_argument("--reader_steps", type=int, default=1500, help="of each classifier")
     parser.add_argument("--recogniser_steps", type=int, default=2500, help="of the recogniser")
