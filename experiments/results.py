@@ -1,10 +1,10 @@
 """All of docs/results.md and docs/shapes.md that is made of training runs, by one command.
 
-    python experiments/results.py               # about four hours on two cores; resumes
-    python experiments/results.py --seeds 1     # one seed of each method: about an hour
+    python experiments/results.py               # about five hours on two cores; resumes
+    python experiments/results.py --seeds 1     # one seed of each method: an hour and a half
     python experiments/results.py --report      # only the tables and figures, from the runs there
 
-The five parts are commands of their own, one after another; each says in its header what it does.
+The six parts are commands of their own, one after another; each says in its header what it does.
 """
 
 import argparse
@@ -19,6 +19,7 @@ FOLDER = Path(__file__).resolve().parent
 PARTS = (
     (["evidence.py"], 5),
     (["evidence.py", "--reward", "margin"], 3),
+    (["evidence.py", "--reward", "recogniser"], 3),
     (["distribution.py"], 3),
     (["merging.py"], 3),
     (["collapse.py"], 3),

@@ -482,12 +482,12 @@ def parts(monkeypatch):
 
 @pytest.mark.parametrize(
     "argv, seeds",
-    [([], ["5", "3", "3", "3", "3"]), (["--seeds", "1", "--report"], ["1"] * 5)],
+    [([], ["5", *["3"] * 5]), (["--seeds", "1", "--report"], ["1"] * 6)],
 )
 def test_one_command_makes_all_results_part_by_part(parts, call, help_of, argv, seeds):
     """Each part gets flags that it knows, and no more seeds than its own."""
     call(results, *argv)
-    scripts = [evidence, evidence, distribution, merging, collapse]
+    scripts = [evidence, evidence, evidence, distribution, merging, collapse]
     assert [name for name, _ in parts] == [Path(script.__file__).name for script in scripts]
     assert [words[words.index("--seeds") + 1] for _, words in parts] == seeds
     for script, (_, words) in zip(scripts, parts):
