@@ -66,6 +66,7 @@ METHODS = {
     "the default's shaping alone": {"fid": 0},
     "the default's FID alone": {"diversity": 0},
     "the default": {},
+    "the default for 100 iterations": {"iterations": 100},
 }
 
 # The methods in the figure.
@@ -82,7 +83,13 @@ DRAWN = (
 )
 
 # The methods that are tried on other rewards.
-SECOND = (*DRAWN, "DRIFT (i) subset", "DRIFT (ii) and (iii)", "spread")
+SECOND = (
+    *DRAWN,
+    "the default for 100 iterations",
+    "DRIFT (i) subset",
+    "DRIFT (ii) and (iii)",
+    "spread",
+)
 
 # The sheets in the grid of pictures, after the base model: (method, title).
 SHEETS = (

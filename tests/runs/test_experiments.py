@@ -251,7 +251,8 @@ def test_the_methods_of_the_evidence_are_command_lines(reward):
         args = assert_accepted(evidence.flags_of(name, reward, seed=3))
         assert args.seed == 3
         rewards[name] = args.reward
-    for name in ("FID beside the reward", "both lines", "the default's FID alone", "the default"):
+    with_fid = ("FID beside the reward", "both lines", "the default's FID alone", "the default")
+    for name in (*with_fid, "the default for 100 iterations"):
         assert rewards.pop(name) == f"{reward},fid:0.3"
     assert set(rewards.values()) == {reward}
     assert {*evidence.DRAWN, *evidence.SECOND} <= {*evidence.METHODS}
