@@ -286,8 +286,10 @@ def test_a_run_logs_modes_and_everything_reads_them(base, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_and_a_resumed_run_are_the_run(base, tmp_path):
-    flags = ("--std", "group", "--diversity_features", "components")
+    components = "--diversity_features components --features components --fid 0.3 --reference 20"
+    flags = ("--std", "group", *components.split())
     launch(run_on(base, tmp_path / "one", *flags))
+    assert "reward/fid" in read_metrics(tmp_path / "one")[-1]
     code, _, error = launch_process(run_on(base, tmp_path / "two", *flags), processes=2)
     assert code == 0, error
     for row, expected in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")):
