@@ -2,10 +2,10 @@
 
 Alignment is the evaluator's log-probability, diversity its Vendi score within a prompt, or in the
 gains the modes that are left where they can be counted (assets/shapes): a Vendi score rises for
-broken pictures, too. All are from the evaluations in metrics.jsonl. Runs of a base without an evaluator are compared by what they
-logged: alignment is then a reward that all of them trained on, and diversity is measured in
---diversity_features. The front of a run is, at each alignment a, the largest diversity
-that its curve shows at alignment a or more (linear between evaluations).
+broken pictures, too. All are from the evaluations in metrics.jsonl. Runs of a base without an
+evaluator are compared by what they logged: alignment is then a reward that all of them trained on,
+and diversity is measured in --diversity_features. The front of a run is, at each alignment a, the
+largest diversity that its curve shows at alignment a or more (linear between evaluations).
 
     gain at equal alignment    ratio of the two fronts' means over ten alignments, from the base
                                model's to the highest that both runs reach; and at that highest

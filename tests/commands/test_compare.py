@@ -115,7 +115,7 @@ def test_the_gains_stand_beside_those_of_the_tilted_base():
 
 
 def test_where_modes_are_counted_the_gains_are_in_them():
-    """Both runs rise alike; the protected one keeps twice the modes, and half of the Vendi score."""
+    """Both runs rise alike; one keeps twice the modes, and has half of the other's Vendi score."""
     plain = curve([-2, -1], [10, 20], **{"eval/modes": [1.0, 0.4]})
     ours = curve([-2, -1], [10, 10], **{"eval/modes": [1.0, 0.8]})
     text = compare.table({"plain": {0: plain}, "ours": {0: ours}})
