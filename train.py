@@ -32,6 +32,7 @@ from commands.model_checks import check_generator
 from commands.picture_sets import stream
 from commands.training import Run, open_setup
 from prompting import draw_prompts, noised_prompt
+from rewards import DISTRIBUTION
 from rewards.features import pixels
 from rewards.metrics import evenly
 from sampling import Trajectory, concentrated_subset, log_prob, rollout, seeded_noise
@@ -349,7 +350,8 @@ def base_pixels(args, setup):
     steps, guidance = args.eval_steps, args.guidance
     drawn = stream(setup.model, prompts, each, numbers, steps, guidance, key, args.batch)
     parts = []
-    with tqdm(total=most, disable=processes.rank() > 0, desc="pictures of the base") as bar:
+    quiet = processes.rank() > 0
+    with tqdm(total=most, disable=quiet, desc="pictures of the base", leave=False) as bar:
         for some, images in drawn:
             parts.append(pixels(images))
             bar.update(len(some))
@@ -542,7 +544,9 @@ def renew_reference(args, setup, groups, oldest, step):
 
 def sample_metrics(weights, groups):
     """What the rollouts were worth, and how different they were -> metrics."""
-    total = sum(weight * groups.rewards[name] for name, weight in weights.items())  # [P, N]
+    of_pictures = {name: weight for name, weight in weights.items() if name not in DISTRIBUTION}
+    counted = of_pictures or weights  # a price of the FID has no level: it is relative to the set
+    total = sum(weight * groups.rewards[name] for name, weight in counted.items())  # [P, N]
     metrics = {"reward": total.mean().item()}
     for name, reward in groups.rewards.items():
         metrics["reward/" + name] = reward.mean().item()

@@ -253,7 +253,7 @@ def panels_of(runs):
     diversity, fid = PANELS
     panels = [panel for panel in (MODES, diversity, fid) if panel[0] in common]
     if fid not in panels and TRAINED in common:
-        panels.append((TRAINED, "Frechet distance that the reward lowers (lower is better)"))
+        panels.append((TRAINED, "Frechet distance that the FID reward sees (lower is better)"))
     return panels
 
 

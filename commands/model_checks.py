@@ -225,7 +225,7 @@ def first_ratio(case):
     drawn = []
     for embedding in case.prompt:
         drawn.append(seeded_noise((3,), range(TEXTS), embedding.shape[1:]).to(embedding))
-    scale = args.prompt_noise
+    scale = args.prompt_noise or 0.5  # noise is asked of every generator
     condition = noised_prompt(case.prompt, drawn, scale, args.tau1, args.tau2, args.psi)
     null_prompt = tuple(embedding.detach() for embedding in model.encode([""]))
     x_T = noise[:, 0] * model.initial_std

@@ -20,7 +20,7 @@ MEANING = {
     "vendi": (1, "different pictures within a prompt"),
     "distance": (1, "mean distance within a prompt"),
     "fid": (-1, "distance to real pictures"),
-    "fid_trained": (-1, "distance that the reward lowers"),
+    "fid_trained": (-1, "distance that the FID reward sees"),
     "modes": (1, "share that is left of what is open"),
 }
 SMALL = 0.02  # a change of less than this share of the number before is called none

@@ -28,6 +28,7 @@ SHORT = (
 SMALL_UNET = {
     "lora": 4,
     "reward": "jpeg",
+    "fid": 0,
     "diversity_features": "latents",
     "prompts_per_step": 2,
     "group_size": 4,

@@ -257,3 +257,13 @@ def test_the_processes_draw_equally_many_of_the_bases_pictures(monkeypatch, worl
     expected = (torch.arange(10) / 10 - 0.5)[:, None].expand(10, 12)
     torch.testing.assert_close(torch.cat(parts), expected)
     assert len({len(numbers) for numbers in drawn}) == 1
+
+
+def test_the_reward_in_the_log_is_that_of_pictures_where_there_is_one():
+    rewards = {"class": torch.full((2, 3), -1.0), "fid": torch.arange(6.0).reshape(2, 3)}
+    groups = Groups(None, rewards, None, torch.zeros(1, 2, 3), torch.zeros(2, 3))
+    metrics = train.sample_metrics({"class": 2.0, "fid": 0.3}, groups)
+    assert metrics["reward"] == -2.0
+    assert metrics["reward/fid"] == 2.5
+    assert metrics["zero_std_fraction"] == 1.0  # the class teaches nothing in either group
+    assert train.sample_metrics({"fid": 2.0}, groups)["reward"] == 5.0

@@ -50,7 +50,7 @@ FLAGS = {
     "kernel": ("cps", "ancestral", ROLLOUTS, ""),
     "eta": (0.8, 0.5, ROLLOUTS, ""),
     "guidance": (1, 2, ROLLOUTS, ""),
-    "fid": (0.3, 0.0, ROLLOUTS, ""),
+    "fid": (0.3, 0.0, UPDATE, ""),
     "features": ("reward", "evaluator", ROLLOUTS, FID),
     "target": ("{tiny}/reward/real.npz", "{target}", ROLLOUTS, FID),
     "price": ("potential", "exact", UPDATE, FID),

@@ -273,6 +273,7 @@ def test_a_network_with_a_weight_of_one_number_is_refused(tmp_path, capsys, monk
     (tmp_path / "prompts.txt").write_text("3\n")
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = ("--shard", "--reward", "jpeg:1", "--prompts", tmp_path / "prompts.txt")
+    flags += ("--diversity_features", "latents")
     with pytest.raises(SystemExit) as stop:
         launch(small(f"edm2:{tmp_path / 'net.safetensors'}", tmp_path / "run", *flags))
     (line,) = capsys.readouterr().err.splitlines()
