@@ -143,7 +143,8 @@ class Components:
         self.mean.copy_(mean)
         self.basis.copy_(basis)
         std = ((base_pixels - self.mean) @ self.basis).std(0)
-        self.std.copy_(std.clamp(min=0.01 * std.max()))  # 0 for what the base never does
+        smallest = max(0.01 * std.max().item(), 1e-6)  # the base may never do a thing
+        self.std.copy_(std.clamp(min=smallest))
 
     def __call__(self, images):
         return (pixels(images) - self.mean) @ self.basis

@@ -598,3 +598,5 @@ def test_what_the_base_never_does_is_no_infinite_surprise():
     components = Components(images[:1])
     components.fit(pixels(images))
     assert components.whitened(torch.ones(2, 3, 4, 4)).abs().max() < 1000
+    components.fit(pixels(images[:1].expand(50, 3, 4, 4)))  # a base that draws one picture
+    assert components.whitened(images).isfinite().all()
