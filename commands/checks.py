@@ -336,7 +336,7 @@ def check(args, default):
         args = dataclasses.replace(args, keep=args.group_size)
 
     check_limits(args, LIMITS)
-    named = args.reward
+    given_reward = args.reward  # messages name it as it was given
     args = with_fid(args, changed)
     check_idle(args, changed)
     check_sizes(args)
@@ -348,7 +348,7 @@ def check(args, default):
     check_sampling(args.model, args.kernel, steps=args.steps, eval_steps=args.eval_steps)
     compiling.check_sizes(args, process_count(), stochastic_steps(args))
     check_guide(args)
-    check_reward(named, folder)
+    check_reward(given_reward, folder)
     check_networks(args, folder)
     args, prompts, eval_prompts = check_prompts(args, default, folder)
     check_shard(args, process_count())
